@@ -1,0 +1,161 @@
+"""The kernel contract: packed variable-length softmax attention with a log weight per key (DESIGN section 6)."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ta_plugin.attention.backends import choose
+from ta_plugin.attention.backends.padded import over_buckets
+from ta_plugin.attention.dense import dense_attention
+
+
+@overload
+def weighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    q_chunk: Tensor | None = ...,
+    k_visible: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def weighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    q_chunk: Tensor | None = ...,
+    k_visible: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def weighted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    q_chunk: Tensor | None = None,
+    k_visible: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out[i] = sum_u softmax_u(scale * q_i.k_u + w_u) v_u over the keys of i's sample; optionally lse[i] with it.
+
+    q:            (Q, H, D) packed queries, bf16, fp16 or fp32 (softmax in fp32), or float64 (float64 throughout)
+    k, v:         (K, Hk, D), (K, Hk, Dv) packed distinct rows; Hk divides H (grouped-query attention)
+    log_weight:   (K,) or (K, H) floating, at least float32; with q_chunk (C, K) or (C, K, H). -inf: the key is absent.
+                  None: all weights 0, and nothing is added
+    cu_seqlens_*: (B + 1,) int32, bounds of each sample
+    scale:        D ** -0.5 by default
+    causal:       query i of a sample sees its keys 0 .. i (both sides of equal length)
+    q_chunk:      (Q,) int, the row of log_weight that each query uses
+    k_visible:    (C,) int32, with q_chunk: how many of its sample's keys a chunk sees, from the first
+    backend:      "reference", "sdpa" (CPU), "flex" (CUDA), or None to have one chosen
+
+    Returns out (Q, H, Dv) in v's dtype, and with return_lse lse (Q, H) in float32 (float64 for float64), natural log, weights
+    included. A query without keys gives 0, lse -inf and gradient 0. Gradients flow to q, k, v and log_weight, through out
+    and lse. Raises ValueError for shapes that disagree or a backend that does not cover the call.
+    """
+    _check(q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, q_chunk, k_visible, causal)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    choice = choose(
+        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        per_query_weights=q_chunk is not None,
+        causal=causal,
+    )
+    if choice.name == "reference":
+        out, lse = dense_attention(
+            q,
+            k,
+            v,
+            log_weight,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            scale=scale,
+            causal=causal,
+            q_chunk=q_chunk,
+            k_visible=k_visible,
+        )
+        assert lse is not None
+    elif choice.name == "sdpa":
+        from ta_plugin.attention.backends.sdpa import sdpa
+
+        out, lse = over_buckets(sdpa, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale)
+    else:
+        from ta_plugin.attention.backends.flex import flex
+
+        out, lse = over_buckets(flex, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_chunk: Tensor | None,
+    k_visible: Tensor | None,
+    causal: bool,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3 or not x.is_floating_point():
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)}; pass floating packed rows (rows, heads, head_dim)"
+            )
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; q and k share head_dim, k and v rows and heads"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k {k.shape[1]}; the second must divide the first")
+    if cu_seqlens_q.numel() != cu_seqlens_k.numel():
+        raise ValueError(
+            f"cu_seqlens_q bounds {cu_seqlens_q.numel() - 1} samples, cu_seqlens_k {cu_seqlens_k.numel() - 1}; pass the same samples"
+        )
+    if log_weight is not None:
+        keys = log_weight.shape[1:] if q_chunk is not None else log_weight.shape
+        if tuple(keys) not in ((k.shape[0],), (k.shape[0], q.shape[1])):
+            chunks = "(C, K) or (C, K, H)" if q_chunk is not None else "(K,) or (K, H)"
+            raise ValueError(
+                f"log_weight has shape {tuple(log_weight.shape)}; pass {chunks}, K = {k.shape[0]}, H = {q.shape[1]}"
+            )
+        if log_weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"log_weight is {log_weight.dtype}; pass float32, since bf16 cannot tell counts above 256 apart"
+            )
+    if q_chunk is not None and q_chunk.shape != q.shape[:1]:
+        raise ValueError(f"q_chunk has shape {tuple(q_chunk.shape)}; pass one chunk per query, ({q.shape[0]},)")
+    if k_visible is not None and q_chunk is None:
+        raise ValueError("k_visible is given without q_chunk; pass the chunk of each query too")
+    if causal and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+        raise ValueError("causal is set, but cu_seqlens_q and cu_seqlens_k differ; pass a chunk against itself")

@@ -1,0 +1,1 @@
+"""Readers of interaction data, and the batches made from it."""

@@ -1,0 +1,1 @@
+"""Models built on tokenized attention, and how they are measured."""

@@ -1,0 +1,16 @@
+"""Process groups, and collectives that autograd can pass through."""
+
+from ta_plugin.parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from ta_plugin.parallel.groups import SSPGroup, create_ssp_group
+from ta_plugin.parallel.header import exchange_header
+from ta_plugin.parallel.traffic import Traffic
+
+__all__ = [
+    "SSPGroup",
+    "Traffic",
+    "all_gather_rows",
+    "all_to_all_rows",
+    "create_ssp_group",
+    "exchange_header",
+    "reduce_scatter_rows",
+]

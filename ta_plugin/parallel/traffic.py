@@ -1,0 +1,33 @@
+"""What each collective put on the wire, counted at its buffers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor
+
+
+class Traffic:
+    """Elements and bytes this rank sent to other ranks, by the name each call gave its payload.
+
+    Only what leaves the rank counts: the share of an all-to-all that a rank keeps for itself does not.
+    """
+
+    def __init__(self) -> None:
+        self.elements: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def record(self, name: str, payload: Tensor, rows_sent: int) -> None:
+        """Count `rows_sent` rows of `payload` (rows, ...) under `name`."""
+        elements = rows_sent * (
+            payload[0].numel() if payload.shape[0] else payload.new_empty(1, *payload.shape[1:]).numel()
+        )
+        self.elements[name] += elements
+        self.bytes[name] += elements * payload.element_size()
+
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    def reset(self) -> None:
+        self.elements.clear()
+        self.bytes.clear()

@@ -1,0 +1,144 @@
+"""Who owns a token, and the way there and back (RFC steps 3 and 4, completed by DESIGN section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ta_plugin.parallel import SSPGroup, all_to_all_rows
+
+_MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
+
+
+class Owners(Protocol):
+    """Maps token ids to the rank that owns them."""
+
+    def owner_of(self, ids: Tensor) -> Tensor:
+        """ids (n,) int64 -> owning rank (n,) int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class HashOwners:
+    """Ownership by a hash of the 64-bit id: for embeddings that bring their own storage, with any id space."""
+
+    num_ranks: int
+
+    def owner_of(self, ids: Tensor) -> Tensor:
+        # splitmix64's finaliser (Steele, Lea, Flood 2014); torch's int64 product wraps, its shift is arithmetic
+        x = ids
+        for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
+            x = (x ^ _logical_shift(x, shift)) * multiplier
+        return _logical_shift(x ^ _logical_shift(x, 31), 1) % self.num_ranks
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass(frozen=True)
+class PermutedRows:
+    """Ownership by p = permute(id): owner = p // rows_per_rank, local row = p % rows_per_rank (DESIGN section 4).
+
+    The permutation id -> id * multiplier mod V, with a multiplier near V / golden ratio that has no factor in common with V,
+    spreads every run of neighbouring ids evenly (three-distance theorem), so frequency-sorted vocabularies balance. It does
+    not depend on the number of ranks: row p of the table means the same id on 2 ranks and on 5.
+    """
+
+    vocab_size: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vocab_size <= _MAX_PERMUTED:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; a permuted table holds 1 to {_MAX_PERMUTED} rows. Beyond that bring an "
+                "embedding_fn of your own, whose ids are owned by hash"
+            )
+
+    @property
+    def rows_per_rank(self) -> int:
+        """ceil(V / N): what DTensor's Shard(0) gives every rank but the last."""
+        return -(-self.vocab_size // self.num_ranks)
+
+    @property
+    def multiplier(self) -> int:
+        multiplier = max(1, round(self.vocab_size * (math.sqrt(5) - 1) / 2))
+        while math.gcd(multiplier, self.vocab_size) != 1:
+            multiplier += 1
+        return multiplier
+
+    def permute(self, ids: Tensor) -> Tensor:
+        """ids (n,) int64 in [0, V) -> rows of the whole table (n,) int64, a bijection."""
+        return ids * self.multiplier % self.vocab_size
+
+    def ids_of_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `permute`."""
+        return rows * pow(self.multiplier, -1, self.vocab_size) % self.vocab_size
+
+    def owner_of(self, ids: Tensor) -> Tensor:
+        return self.permute(ids) // self.rows_per_rank
+
+    def local_row(self, ids: Tensor) -> Tensor:
+        """The row within its owner's shard."""
+        return self.permute(ids) % self.rows_per_rank
+
+
+def rfc_positions(positions: Tensor, samples: Tensor, rank: int, batch_size: int, sequence_length: int) -> Tensor:
+    """RFC step 3: pos = (rank * B + b) * L + pos_in_L, int64, for occurrences at `positions` of `samples` (M,) each."""
+    return (rank * batch_size + samples) * sequence_length + positions
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where each of a rank's items goes, and what comes in (RFC steps 3 and 4).
+
+    An item is an occurrence, or a distinct token when the sender has deduplicated. Sent items are ordered by (owner, sample,
+    position): the RFC's rankwise tokens. Received items are ordered by (source rank, sample, position).
+
+    order:               (n,) int64, items sorted by owner, stable
+    rankwise_sizes:      (N, B) int64: how many items of sample j go to rank i (the RFC's rankwise-sizes)
+    received_cu_seqlens: (sum of all ranks' B + 1,) int32: bounds of received items per sample (rank, b)
+    """
+
+    group: SSPGroup
+    order: Tensor
+    rankwise_sizes: Tensor
+    received_cu_seqlens: Tensor
+    send: list[int]
+    receive: list[int]
+
+    @classmethod
+    def build(cls, owner: Tensor, cu_seqlens: Tensor, batch_sizes: list[int], group: SSPGroup) -> Route:
+        """Exchange the sizes. Collective over the group.
+
+        owner:       (n,) int64 in [0, N), the owner of each item
+        cu_seqlens:  (B + 1,) bounds of this rank's samples among the items
+        batch_sizes: B of every rank, from the header
+        """
+        batch = cu_seqlens.numel() - 1
+        samples = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=owner.numel())
+        sizes = torch.bincount(owner * batch + samples, minlength=group.size * batch).view(group.size, batch)
+        received = all_to_all_rows(sizes.reshape(-1), [batch] * group.size, batch_sizes, group, "sizes")
+        bounds = torch.zeros(received.numel() + 1, dtype=torch.int64, device=owner.device)
+        torch.cumsum(received, 0, out=bounds[1:])
+        if group.size == 1:
+            send, receive = [owner.numel()], [owner.numel()]
+        else:  # both splits reach the host in one copy
+            ends = torch.tensor(batch_sizes, device=owner.device).cumsum(0)
+            totals = torch.cat([sizes.sum(1), bounds[ends].diff(prepend=bounds[:1])]).tolist()
+            send, receive = totals[: group.size], totals[group.size :]
+        order = owner.argsort(stable=True)
+        return cls(group, order, sizes, bounds.int(), send, receive)
+
+    def to_owners(self, values: Tensor, name: str) -> Tensor:
+        """Per-item values (n, ...) to the items' owners: (received items, ...). Differentiable for floating values."""
+        return all_to_all_rows(values.index_select(0, self.order), self.send, self.receive, self.group, name)
+
+    def to_readers(self, values: Tensor, name: str) -> Tensor:
+        """The way back: values of received items (received, ...) to their senders, in the senders' order (n, ...)."""
+        returned = all_to_all_rows(values, self.receive, self.send, self.group, name)
+        return returned.new_empty(returned.shape).index_copy(0, self.order, returned)

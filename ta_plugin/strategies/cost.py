@@ -1,0 +1,162 @@
+"""The cost model that chooses a strategy: bytes sent, operations and memory, from sizes every rank knows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+StrategyName = Literal["gather", "owner", "positions"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank moves and computes per second; only their ratio decides."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    @classmethod
+    def of(cls, device: torch.device) -> Rates:
+        """Order-of-magnitude defaults: an inter-node link beside a GPU's matrix units, or loopback beside a CPU core."""
+        return cls(5e10, 2e14) if device.type == "cuda" else cls(1e9, 3e10)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of one batch, averaged over ranks.
+
+    ranks N; samples B; per rank: occurrences M, rows U (distinct per sample), ids I (distinct per rank), queries Q (U for
+    self-attention). pairs: query-row products, summed over samples; position_pairs: query-occurrence products, with every
+    position a query in self-attention. embed_dim E, heads H, kv_heads Hk, head_dim D; element_size in bytes. id_shares: the sum
+    over ids of the squared share of rows each accounts for, for `imbalance`.
+    """
+
+    ranks: int
+    samples: int
+    occurrences: float
+    rows: float
+    ids: float
+    queries: float
+    pairs: float
+    position_pairs: float
+    targets: bool
+    embed_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element_size: int = 4
+    id_shares: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Per rank and step: bytes sent forward (backward sends about as many), operations forward, bytes held, seconds forward."""
+
+    strategy: StrategyName
+    bytes_sent: float
+    flops: float
+    memory: float
+    seconds: float
+
+
+def estimate(strategy: StrategyName, load: Workload, rates: Rates) -> Estimate:
+    """What one forward of `strategy` costs a rank."""
+    away = (load.ranks - 1) / load.ranks
+    row = load.embed_dim * load.element_size
+    head_width = load.heads * load.head_dim
+    project = 4 * load.embed_dim * load.kv_heads * load.head_dim  # key and value of one row
+    query = 2 * load.embed_dim * head_width * load.queries
+    position_level = strategy == "positions"
+    targets = load.queries if load.targets else 0.0
+    fetched = load.occurrences if position_level else load.ids
+    pairs = load.position_pairs if position_level else load.pairs
+    attend = 4 * pairs * head_width
+    if strategy == "owner":
+        returned = (load.ranks - 1) * load.queries * (2 * head_width + load.heads) * load.element_size
+        bytes_sent = away * (load.rows * 12 + targets * (8 + row)) + returned
+        held = load.rows * (row + 12) + load.ranks * load.queries * (2 * head_width + load.heads) * load.element_size
+        flops = query + load.ids * project + attend * imbalance(load)
+    else:
+        bytes_sent = away * (fetched + targets) * (8 + row)
+        rows = load.occurrences if position_level else load.rows
+        held = rows * (row + 2 * load.kv_heads * load.head_dim * load.element_size)
+        width = load.occurrences if not load.targets and position_level else load.queries
+        flops = 2 * load.embed_dim * head_width * width + fetched * project + attend
+    seconds = bytes_sent / rates.bytes_per_second + flops / rates.flops_per_second
+    return Estimate(strategy, bytes_sent, flops, held, seconds)
+
+
+def imbalance(load: Workload) -> float:
+    """Expected load of the busiest owner over the mean, hashing ids that carry unequal numbers of rows.
+
+    The load of one owner has variance id_shares * (1 - 1/N) / N around the mean 1/N; of N of them the largest lies about
+    sqrt(2 ln N) deviations above.
+    """
+    n = load.ranks
+    if n == 1:
+        return 1.0
+    return 1.0 + math.sqrt(2 * math.log(n) * load.id_shares * (n - 1))
+
+
+def id_shares(tokens: Tensor) -> float:
+    """Sum of squared shares of each id among the rows of a batch, tokens (U,) int64: `Workload.id_shares`."""
+    if tokens.numel() == 0:
+        return 0.0
+    counts = tokens.unique(return_counts=True)[1].double()
+    return float(counts.square().sum() / counts.sum().square())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a batch costs under each strategy, which is taken and why. `str()` gives a table."""
+
+    load: Workload
+    estimates: list[Estimate]
+    chosen: StrategyName
+    reason: str
+    backend: str
+
+    def __str__(self) -> str:
+        load = self.load
+        lines = [
+            f"{load.ranks} rank(s), {load.samples} samples each: {load.occurrences:.0f} occurrences, {load.rows:.0f} distinct "
+            f"rows (L/U {load.occurrences / max(load.rows, 1):.2f}), {load.ids:.0f} distinct ids, {load.queries:.0f} queries",
+            "per rank, forward            sent (MB)   operations (G)   memory (MB)   est. ms",
+        ]
+        for e in self.estimates:
+            name = "plain, over positions" if e.strategy == "positions" else e.strategy
+            mark = "->" if e.strategy == self.chosen else "  "
+            figures = (
+                f"{e.bytes_sent / 1e6:>10.3f} {e.flops / 1e9:>16.4f} {e.memory / 1e6:>13.3f} {1e3 * e.seconds:>9.3f}"
+            )
+            lines.append(f"{mark} {name:<24} {figures}")
+        lines.append(f"busiest owner over mean: {imbalance(load):.2f} expected")
+        lines.append(f"strategy: {self.chosen} ({self.reason})")
+        lines.append(f"backend: {self.backend}")
+        return "\n".join(lines)
+
+
+def explain(load: Workload, rates: Rates, requested: str, backend: str, only_gather: str | None) -> Explanation:
+    """Estimates of every strategy next to plain attention, with the choice `choose_strategy` makes."""
+    names: list[StrategyName] = ["positions", "gather"] if only_gather else ["positions", "gather", "owner"]
+    chosen, reason = choose_strategy(load, rates, requested, only_gather)
+    return Explanation(load, [estimate(name, load, rates) for name in names], chosen, reason, backend)
+
+
+def choose_strategy(load: Workload, rates: Rates, requested: str, only_gather: str | None) -> tuple[StrategyName, str]:
+    """The strategy for a batch and the reason. `only_gather` says why owner cannot serve it, or is None."""
+    if requested == "owner" and only_gather:
+        raise ValueError(f"strategy is 'owner', but {only_gather}; pass strategy='gather' or 'auto'")
+    if requested in ("gather", "owner", "positions"):
+        return requested, "as requested"  # type: ignore[return-value]
+    if only_gather:
+        return "gather", only_gather
+    if load.ranks == 1:
+        return "gather", "one rank owns every token"
+    fetch, stay = estimate("gather", load, rates), estimate("owner", load, rates)
+    cheaper: StrategyName = "owner" if stay.seconds < fetch.seconds else "gather"
+    return cheaper, f"owner is estimated at {stay.seconds / max(fetch.seconds, 1e-12):.2f} of gather's time"

@@ -1,0 +1,115 @@
+"""Strategy owner: keys and values never move; queries go to every owner, and partial results come back to merge."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ta_plugin.attention.layers import PackedTargets, with_own_key
+from ta_plugin.attention.sides import RowWeights, Sides
+from ta_plugin.embedding import embed_owned, owners_of
+from ta_plugin.parallel import SSPGroup, all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from ta_plugin.routing import Route, rfc_positions
+from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
+from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.unique_space import UniqueSpace
+
+
+def owner(request: Request, modules: AttentionModules) -> Tensor:
+    """Target attention of one batch, computed where the tokens are owned: packed (Q, H, Dv). Collective, forward and backward.
+
+    Sent per rank: ids and weights once, then (N - 1) * Q * (2 D + 1) * H elements forward and as many backward, whatever the
+    lengths are.
+    """
+    assert request.targets is not None
+    projections, group = modules.projections, modules.group
+    rows = request.target_rows(modules)
+    q = projections.queries(rows)
+    if request.cutoffs is None:
+        keys, cutoffs = _owned_rows(request, modules, q.dtype), None
+    else:
+        keys, cutoffs = _owned_occurrences(request, modules, q.dtype)
+    everybody = _all_targets(request, group)
+    q_all = all_gather_rows(q, request.query_counts, group, "queries")
+    out, lse = attend_targets(modules, q_all, everybody, keys, cutoffs)
+    out, lse = _return_partials(out, lse, request, modules)
+    if modules.include_self:
+        out, lse = with_own_key(modules.scoring, q, out, lse, *projections.keys_values(rows))
+    return out
+
+
+def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype) -> Keys:
+    """Distinct tokens and their folded weights, at their owners."""
+    space, normaliser = request.space, modules.scoring.normaliser
+    weights = RowWeights.fold(space, request.sides, normaliser, dtype)
+    weight = weights.weight
+    if weight is None and request.any_repeats:  # what one rank sends, every rank sends
+        weight = torch.full((space.num_rows,), 0.0 if normaliser == "softmax" else 1.0, device=space.tokens.device)
+        weight = weight.to(torch.promote_types(dtype, torch.float32))
+    route = _route(space.tokens, space.cu_seqlens, request, modules)
+    tokens = route.to_owners(space.tokens, "keys.ids")
+    received = RowWeights(
+        None if weight is None else route.to_owners(weight, "keys.weights"),
+        None if weights.term is None else route.to_owners(weights.term, "keys.value_terms"),
+    )
+    return _keys(UniqueSpace.of_occurrences(tokens, cu_seqlens=route.received_cu_seqlens), received, modules)
+
+
+def _owned_occurrences(request: Request, modules: AttentionModules, dtype: torch.dtype) -> tuple[Keys, Cutoffs]:
+    """Every occurrence with its position, at its owner: cutoffs look at occurrences (RFC steps 3 and 4 as they stand)."""
+    space, group = request.space, modules.group
+    tokens = space.tokens[space.inverse]
+    samples = space.sample_of_occurrences()
+    batch = max(request.batch_sizes)
+    positions = rfc_positions(space.positions(), samples, group.rank, batch, request.sequence_length)
+    route = _route(tokens, space.cu_occurrences, request, modules)
+    owned_tokens = route.to_owners(tokens, "keys.ids")
+    owned_positions = route.to_owners(positions, "keys.positions") % max(request.sequence_length, 1)
+    sides = Sides(
+        *(
+            None if x is None else route.to_owners(x, f"keys.{name}")
+            for name, x in (
+                ("biases", request.sides.bias),
+                ("value_terms", request.sides.value_term),
+                ("multipliers", request.sides.multiplier),
+            )
+        )
+    )
+    owned = UniqueSpace.from_packed(owned_tokens, route.received_cu_seqlens)
+    keys = _keys(owned, RowWeights(None, None), modules)
+    width = request.target_width
+    assert request.cutoffs is not None
+    mine = F.pad(request.cutoffs, (0, width - request.cutoffs.shape[1]))
+    all_cutoffs = all_gather_rows(mine, request.batch_sizes, group, "cutoffs")
+    return keys, Cutoffs(all_cutoffs, owned_positions, sides)
+
+
+def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: AttentionModules) -> Route:
+    owners = owners_of(modules.embedding_fn, modules.group.size)
+    return Route.build(owners.owner_of(tokens), cu_seqlens, request.batch_sizes, modules.group)
+
+
+def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules) -> Keys:
+    distinct = UniqueSpace.from_packed(space.tokens)  # again across ranks: each owned id is looked up once
+    return Keys(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments, space, weights)
+
+
+def _all_targets(request: Request, group: SSPGroup) -> PackedTargets:
+    """The targets of every rank, as if they were one batch in rank order."""
+    assert request.targets is not None
+    lengths = all_gather_rows(request.targets.lengths, request.batch_sizes, group, "target_lengths")
+    return PackedTargets(sum(request.batch_sizes), request.target_width, lengths)
+
+
+def _return_partials(
+    out: Tensor, lse: Tensor | None, request: Request, modules: AttentionModules
+) -> tuple[Tensor, Tensor | None]:
+    """Each owner's partial results back to the readers of the queries, merged there."""
+    group, counts = modules.group, request.query_counts
+    if lse is None:
+        return reduce_scatter_rows(out, counts, group, "partials"), None
+    mine = [counts[group.rank]] * group.size
+    outs = all_to_all_rows(out, counts, mine, group, "partials").view(group.size, mine[0], *out.shape[1:])
+    lses = all_to_all_rows(lse, counts, mine, group, "partials.lse").view(group.size, mine[0], lse.shape[1])
+    return modules.scoring.combine(outs, lses)

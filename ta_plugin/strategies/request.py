@@ -1,0 +1,83 @@
+"""One attention call as the strategies see it: what this rank read, and what every rank announced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ta_plugin.attention.layers import PackedTargets
+from ta_plugin.attention.projections import HeadProjections
+from ta_plugin.attention.scoring import Scoring
+from ta_plugin.attention.sides import Sides
+from ta_plugin.embedding import EmbeddingFn, lookup, owners_of
+from ta_plugin.ops import Segments, expand
+from ta_plugin.parallel import SSPGroup
+from ta_plugin.routing import Route
+from ta_plugin.unique_space import UniqueSpace
+
+Encoder = Callable[[Tensor, UniqueSpace], Tensor]  # rows (U, E), their space -> rows (U, E')
+
+
+@dataclass(frozen=True)
+class AttentionModules:
+    """What an attention call is made with on every rank: group, embedding, projections, scoring."""
+
+    group: SSPGroup
+    embedding_fn: EmbeddingFn
+    projections: HeadProjections
+    scoring: Scoring
+    include_self: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch of one rank.
+
+    space:       this rank's unique space
+    sides:       packed per-occurrence side inputs
+    targets:     the packed target slots, None for self-attention
+    target_ids:  (B, T) int64, or None where the queries' embeddings are given
+    queries:     (B, T, E) embeddings of the queries, or None where target_ids are given
+    cutoffs:     (B, T) int64 or None
+    encode:      layers to run on the distinct rows between look-up and attention, or None
+    deduplicate: False for plain attention over positions: each occurrence fetches its own row
+
+    Of every rank, from the header: batch_sizes B, query_counts Q, target_width the largest T, sequence_length L, and
+    any_repeats, whether any sample anywhere holds a token twice.
+    """
+
+    space: UniqueSpace
+    sides: Sides
+    batch_sizes: list[int]
+    query_counts: list[int]
+    target_width: int
+    sequence_length: int
+    any_repeats: bool
+    targets: PackedTargets | None = None
+    target_ids: Tensor | None = None
+    queries: Tensor | None = None
+    cutoffs: Tensor | None = None
+    encode: Encoder | None = None
+    deduplicate: bool = True
+
+    def target_rows(self, modules: AttentionModules) -> Tensor:
+        """Embeddings (Q, E) of the packed targets: given, or looked up at their owners. Collective in the second case."""
+        assert self.targets is not None
+        if self.queries is not None:
+            return self.targets.pack(self.queries)
+        assert self.target_ids is not None
+        table, index = fetch(self.targets.pack(self.target_ids), modules, "targets", self.deduplicate)
+        return expand(table, index)
+
+
+def fetch(ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool = True) -> tuple[Tensor, Segments]:
+    """Embeddings of ids (n,): distinct rows (I, E), each travelling once from its owner, and the row of each id.
+
+    Without `deduplicate` every id fetches a row of its own. Collective, forward and backward.
+    """
+    ids_space = UniqueSpace.from_packed(ids) if deduplicate else UniqueSpace.of_occurrences(ids)
+    group, owners = modules.group, owners_of(modules.embedding_fn, modules.group.size)
+    route = Route.build(owners.owner_of(ids_space.tokens), ids_space.cu_seqlens, [1] * group.size, group)
+    return lookup(ids_space.tokens, route, modules.embedding_fn, name), ids_space.segments

@@ -1,0 +1,334 @@
+"""TokenizedAttention: the RFC's class. One batch goes from its reader through the owners of its tokens and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ta_plugin.attention.backends import choose
+from ta_plugin.attention.dense import Activation, Normaliser
+from ta_plugin.attention.layers import PackedTargets
+from ta_plugin.attention.projections import HeadProjections
+from ta_plugin.attention.scoring import Scoring
+from ta_plugin.attention.sides import Sides
+from ta_plugin.checks import check_cutoffs, check_lengths, check_queries, check_side, check_tokens
+from ta_plugin.embedding import EmbeddingFn
+from ta_plugin.ops import expand
+from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.strategies import (
+    AttentionModules,
+    Explanation,
+    Rates,
+    Request,
+    Workload,
+    choose_strategy,
+    explain,
+    fetch,
+    gather,
+    id_shares,
+    owner,
+)
+from ta_plugin.strategies.request import Encoder
+from ta_plugin.unique_space import UniqueSpace
+
+_STRATEGIES = ("auto", "gather", "owner", "positions")
+
+
+class TokenizedAttention(nn.Module):
+    """Exact attention over the distinct tokens of each sample, whose embeddings are owned by the ranks of a group.
+
+    With nothing else given, queries, keys and values are the embeddings themselves, one head, softmax at scale 1/sqrt(D).
+
+    batch_size, sequence_length, nranks: B, L and N of the RFC; every batch has exactly B samples (pad a short one with length 0)
+    embedding_fn: maps owned global ids (n,) int64 to rows (n, E), each id once; see `EmbeddingFn`. A module is registered here
+
+    group:         SSPGroup or process group of nranks ranks. By default the default process group; without torch.distributed
+                   nranks must be 1
+    vocab_size:    ids must lie below it; None skips that check
+    query, key, value: modules (n, E) -> (n, heads * head_dim); None takes the embedding. output: (n, H * Dv) -> (n, any)
+    num_heads, num_kv_heads: H and Hk
+    scale, score, normaliser, activation, backend: see `Scoring`
+    include_self:  a target also attends to its own key, with weight 1
+    strategy:      "gather", "owner", "auto" (the cost model chooses per batch), or "positions": plain attention over every
+                   occurrence, each fetching its own row, for comparison
+    rates:         what the cost model assumes of network and device
+
+    Constructing is collective over the group: ranks that disagree on batch_size, sequence_length or nranks all raise here.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        sequence_length: int,
+        nranks: int,
+        embedding_fn: EmbeddingFn,
+        *,
+        group: Any = None,
+        vocab_size: int | None = None,
+        query: nn.Module | None = None,
+        key: nn.Module | None = None,
+        value: nn.Module | None = None,
+        output: nn.Module | None = None,
+        num_heads: int = 1,
+        num_kv_heads: int | None = None,
+        scale: float | None = None,
+        score: nn.Module | None = None,
+        normaliser: Normaliser = "softmax",
+        activation: Activation | None = None,
+        include_self: bool = False,
+        strategy: str = "auto",
+        backend: str | None = None,
+        rates: Rates | None = None,
+    ) -> None:
+        super().__init__()
+        if strategy not in _STRATEGIES:
+            raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
+        if group is None and dist.is_initialized() and nranks > 1:
+            group = dist.group.WORLD
+        self.group = SSPGroup.wrap(group)
+        self.batch_size, self.sequence_length, self.vocab_size = batch_size, sequence_length, vocab_size
+        self.strategy, self.include_self, self.rates = strategy, include_self, rates
+        self.embedding_fn = embedding_fn
+        self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        self.score = score  # registers its parameters
+        self.output = output
+        self.scoring = Scoring(scale=scale, score=score, normaliser=normaliser, activation=activation, backend=backend)
+        self._agree_on_sizes(nranks)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        *,
+        targets: Tensor | None = None,
+        queries: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+        target_cutoffs: Tensor | None = None,
+        bias: Tensor | None = None,
+        value_term: Tensor | None = None,
+        multiplier: Tensor | None = None,
+        encode: Encoder | None = None,
+    ) -> Tensor:
+        """tokens (B, L) int64 and lengths (B,) int64 -> (B, L, H * Dv), rows past a length zero.
+
+        targets:        (B, T) int64 ids: target attention onto the history instead, -> (B, T, H * Dv)
+        queries:        (B, T, E) embeddings of the targets, where the caller has them already (`embed`)
+        target_lengths: (B,) int64, how many targets a sample has; all T by default, rows past it are zero
+        target_cutoffs: (B, T) int64: a target sees the occurrences at positions below its cutoff
+        bias:           (B, L) or (B, L, H), added to the scores of an occurrence
+        value_term:     (B, L, Hk, Dv) or (B, L, H, Dv), added to the value of an occurrence
+        multiplier:     (B, L) or (B, L, H), with normaliser "none": applied after the activation
+        encode:         called with the distinct rows (U, E) and their UniqueSpace between look-up and attention: layers that
+                        run on distinct rows; the same on every rank. Gather only
+
+        Collective over the group, forward and backward. What is wrong on one rank raises the same ValueError on every rank.
+        """
+        given = (targets, queries, target_lengths, target_cutoffs, bias, value_term, multiplier)
+        request, strategy = self._read(tokens, lengths, *given, encode)
+        attend = owner if strategy == "owner" else gather
+        rows = attend(request, self._parts()).flatten(1)
+        rows = rows if self.output is None else self.output(rows)
+        return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
+
+    def embed(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Embeddings of ids (B, T) int64 from their owners: (B, T, E), zeros past `lengths` (B,). Collective."""
+        error: Exception | None = None
+        try:
+            check_tokens("ids", ids, self.group.device, self.vocab_size, lengths)
+        except Exception as failure:
+            error = failure
+        exchange_header(self.group, [], error)
+        slots = PackedTargets.of(ids.shape[0], ids.shape[1], lengths, ids.device)
+        table, segments = fetch(slots.pack(ids), self._parts(), "embed", self.strategy != "positions")
+        return slots.unpack(expand(table, segments))
+
+    def explain(
+        self, tokens: Tensor, lengths: Tensor, *, targets: Tensor | None = None, target_lengths: Tensor | None = None
+    ) -> Explanation:
+        """What a batch like this one costs under each strategy and over plain positions, and what would be chosen. Local."""
+        space = UniqueSpace.from_padded(tokens, lengths)
+        slots = None
+        if targets is not None:
+            slots = PackedTargets.of(targets.shape[0], targets.shape[1], target_lengths, targets.device)
+        embed_dim = getattr(self.embedding_fn, "embedding_dim", None) or self._width_of_one_row()
+        load = self._workload([self._sizes(space, slots)], embed_dim, id_shares(space.tokens))
+        rates = self.rates or Rates.of(tokens.device)
+        head_dim = load.head_dim
+        choice = choose(
+            self.scoring.backend,
+            device=tokens.device,
+            dtype=torch.get_default_dtype(),
+            head_dim=head_dim,
+            value_dim=head_dim,
+            per_query_weights=False,
+            causal=False,
+        )
+        only_gather = None if targets is not None else "self-attention has as many queries as keys"
+        return explain(load, rates, self.strategy, f"{choice.name} ({choice.reason})", only_gather)
+
+    def extra_repr(self) -> str:
+        return f"batch_size={self.batch_size}, sequence_length={self.sequence_length}, strategy={self.strategy!r}, {self.group}"
+
+    def _parts(self) -> AttentionModules:
+        return AttentionModules(self.group, self.embedding_fn, self.projections, self.scoring, self.include_self)
+
+    def _agree_on_sizes(self, nranks: int) -> None:
+        error = None
+        if nranks != self.group.size:
+            remedy = (
+                "initialise torch.distributed"
+                if self.group.group is None
+                else f"pass nranks={self.group.size} or a group"
+            )
+            error = ValueError(f"nranks is {nranks}, but the group has {self.group.size} rank(s); {remedy}")
+        headers = exchange_header(self.group, [self.batch_size, self.sequence_length, nranks], error)
+        for rank, (batch, length, _) in enumerate(headers):
+            for name, mine, first in (
+                ("batch_size", batch, headers[0][0]),
+                ("sequence_length", length, headers[0][1]),
+            ):
+                if mine != first:
+                    raise ValueError(
+                        f"{name} is {first} on rank 0 but {mine} on rank {rank}; pass the same on every rank"
+                    )
+
+    def _read(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        targets: Tensor | None,
+        queries: Tensor | None,
+        target_lengths: Tensor | None,
+        cutoffs: Tensor | None,
+        bias: Tensor | None,
+        value_term: Tensor | None,
+        multiplier: Tensor | None,
+        encode: Encoder | None,
+    ) -> tuple[Request, str]:
+        """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
+        given = (targets, queries, target_lengths, cutoffs, bias, value_term, multiplier, encode)
+        options = sum(1 << i for i, x in enumerate(given) if x is not None)
+        error: Exception | None = None
+        sizes, space, slots, sides = [0] * 5, None, None, Sides()
+        try:
+            check_tokens("tokens", tokens, self.group.device, self.vocab_size, lengths, self._shape())
+            slots = self._check_targets(tokens, targets, queries, target_lengths, cutoffs)
+            heads, kv_heads = self.projections.num_heads, self.projections.num_kv_heads
+            check_side("bias", bias, tokens, {heads})
+            check_side("multiplier", multiplier, tokens, {heads})
+            check_side("value_term", value_term, tokens, {heads, kv_heads}, trailing=1)
+            positions = self.strategy == "positions"
+            space = (UniqueSpace.of_occurrences if positions else UniqueSpace.from_padded)(tokens, lengths)
+            sides = Sides.pack(space, bias, value_term, multiplier)
+            sides.check(self.scoring.normaliser)
+            sizes = self._sizes(space, slots)
+        except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
+            error = failure
+        headers = exchange_header(self.group, [options, *sizes], error)
+        for rank, header in enumerate(headers):
+            if header[0] != headers[0][0]:
+                raise ValueError(
+                    f"rank {rank} passed other optional arguments to forward than rank 0; pass the same ones on every rank"
+                )
+        assert space is not None
+        by_rank = [header[1:] for header in headers]
+        request = Request(
+            space,
+            sides,
+            batch_sizes=[self.batch_size] * self.group.size,
+            query_counts=[s[2] for s in by_rank],
+            target_width=max(s[4] for s in by_rank),
+            sequence_length=self.sequence_length,
+            any_repeats=any(s[0] != s[1] for s in by_rank),
+            targets=slots,
+            target_ids=targets,
+            queries=queries,
+            cutoffs=cutoffs,
+            encode=encode,
+            deduplicate=self.strategy != "positions",
+        )
+        return request, self._strategy(by_rank, slots is not None, encode is not None)
+
+    def _check_targets(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None,
+        queries: Tensor | None,
+        lengths: Tensor | None,
+        cutoffs: Tensor | None,
+    ) -> PackedTargets | None:
+        if targets is not None and queries is not None:
+            raise ValueError("targets and queries are both given; pass ids or their embeddings, not both")
+        grid = targets if targets is not None else queries
+        if grid is None:
+            for name, x in (("target_lengths", lengths), ("target_cutoffs", cutoffs)):
+                if x is not None:
+                    raise ValueError(f"{name} is given without targets; pass targets (B, T) or queries (B, T, E)")
+            if self.include_self:
+                raise ValueError(
+                    "include_self is set without targets; in self-attention every token sees itself already"
+                )
+            return None
+        if queries is not None:
+            check_queries(queries, tokens)
+        check_lengths("target_lengths", lengths, grid.shape[0], grid.shape[1], tokens.device)
+        if targets is not None:
+            check_tokens("targets", targets, self.group.device, self.vocab_size, lengths)
+        if grid.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"targets are for {grid.shape[0]} samples, tokens for {tokens.shape[0]}; pass one row per sample"
+            )
+        check_cutoffs(cutoffs, grid, tokens)
+        return PackedTargets.of(grid.shape[0], grid.shape[1], lengths, tokens.device)
+
+    def _shape(self) -> tuple[int, int]:
+        return self.batch_size, self.sequence_length
+
+    def _sizes(self, space: UniqueSpace, slots: PackedTargets | None) -> list[int]:
+        """What a rank announces: rows U, occurrences M, queries Q, distinct ids I, width T."""
+        ids = int(space.tokens.unique().numel()) if self.strategy == "auto" and slots is not None else space.num_rows
+        if slots is None:
+            return [space.num_rows, space.num_occurrences, space.num_rows, ids, 0]
+        return [space.num_rows, space.num_occurrences, slots.slots.numel(), ids, slots.width]
+
+    def _strategy(self, by_rank: list[list[int]], has_targets: bool, encoded: bool) -> str:
+        only_gather = None
+        if not has_targets:
+            only_gather = "self-attention has as many queries as keys"
+        elif encoded:
+            only_gather = "encode makes keys depend on their sample"
+        rates = self.rates or Rates.of(self.group.device)
+        embed_dim = getattr(self.embedding_fn, "embedding_dim", None) or 64
+        load = self._workload(by_rank, embed_dim, 0.0)
+        return choose_strategy(load, rates, self.strategy, only_gather)[0]
+
+    def _workload(self, by_rank: list[list[int]], embed_dim: int, shares: float) -> Workload:
+        n = len(by_rank)
+        rows, occurrences, queries, ids = (sum(s[i] for s in by_rank) / n for i in range(4))
+        heads = self.projections.num_heads
+        width = getattr(self.projections.query, "out_features", embed_dim)
+        targets = any(s[4] for s in by_rank)
+        per_sample = max(self.batch_size, 1)
+        return Workload(
+            ranks=self.group.size,
+            samples=self.batch_size,
+            occurrences=occurrences,
+            rows=rows,
+            ids=ids,
+            queries=queries,
+            pairs=queries * rows / per_sample,
+            position_pairs=(queries if targets else occurrences) * occurrences / per_sample,
+            targets=targets,
+            embed_dim=embed_dim,
+            heads=heads,
+            kv_heads=self.projections.num_kv_heads,
+            head_dim=width // heads,
+            id_shares=shares,
+        )
+
+    def _width_of_one_row(self) -> int:
+        with torch.no_grad():
+            return self.embedding_fn(torch.empty(0, dtype=torch.int64, device=self.group.device)).shape[1]

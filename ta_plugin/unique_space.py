@@ -1,0 +1,252 @@
+"""Unique space: the distinct tokens of each sample, packed one sample after another (RFC step 5, "unique space")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ta_plugin.ops import Segments, expand, segment_logsumexp, segment_sum
+
+_INT32_MAX = 2**31 - 1
+_NO_TOKEN = torch.iinfo(torch.int64).max  # sorts behind every token; ids are at most 2**63 - 2
+
+
+@dataclass(frozen=True)
+class UniqueSpace:
+    """Distinct tokens per sample in order of first occurrence, and the maps between them and the occurrences.
+
+    With B samples, M occurrences (valid slots, packed sample by sample) and U rows (distinct tokens, summed over samples):
+
+    tokens:         (U,) int64
+    cu_seqlens:     (B + 1,) int32, the rows of sample b are cu_seqlens[b]:cu_seqlens[b + 1]
+    counts:         (U,) int64, the multiplicity of each row
+    cu_occurrences: (B + 1,) int64, the same bounds for occurrences
+    segments:       occurrences -> rows; `segments.index` is the inverse (M,)
+    slots:          (M,) int64, slot of each occurrence in the flattened (B, L) grid; None for packed input
+    padded_length:  L for padded input, None for packed
+
+    Build it with `from_padded`, `from_packed` or `of_occurrences`.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    counts: Tensor
+    cu_occurrences: Tensor
+    segments: Segments
+    slots: Tensor | None = None
+    padded_length: int | None = None
+
+    @classmethod
+    def from_padded(cls, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
+        """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored."""
+        valid, slots, cu_occurrences = _valid_slots(tokens, lengths)
+        batch, length = tokens.shape
+        # One sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order.
+        keys, rank_to_position = tokens.masked_fill(~valid, _NO_TOKEN).sort(dim=1, stable=True)
+        occurrence = (rank_to_position + cu_occurrences[:-1, None]).reshape(-1)[slots]
+        starts = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        starts[:, 1:] = keys[:, 1:] != keys[:, :-1]
+        packed = tokens.reshape(-1)[slots]
+        space = cls._from_sorted(packed, occurrence, starts.reshape(-1)[slots], cu_occurrences)
+        return replace(space, slots=slots, padded_length=length)
+
+    @classmethod
+    def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None) -> UniqueSpace:
+        """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample."""
+        _check_int64("tokens", tokens, 1)
+        bounds = _bounds(tokens, cu_seqlens)
+        keys, order = tokens.sort(stable=True)
+        starts = torch.ones_like(tokens, dtype=torch.bool)
+        if bounds.numel() == 2:
+            starts[1:] = keys[1:] != keys[:-1]
+        else:  # a second stable sort brings samples together and keeps each one's tokens sorted
+            samples = torch.repeat_interleave(bounds.diff(), output_size=tokens.numel())
+            keys_sample, by_sample = samples[order].sort(stable=True)
+            keys, order = keys[by_sample], order[by_sample]
+            starts[1:] = (keys[1:] != keys[:-1]) | (keys_sample[1:] != keys_sample[:-1])
+        return cls._from_sorted(tokens, order, starts, bounds)
+
+    @classmethod
+    def of_occurrences(
+        cls, tokens: Tensor, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> UniqueSpace:
+        """Every occurrence as a row of its own, multiplicity 1: plain attention over positions in the same terms.
+
+        Padded tokens (B, L) with lengths (B,), or packed tokens (M,) with cu_seqlens (B + 1,).
+        """
+        slots, length = None, None
+        if lengths is not None:
+            _, slots, bounds = _valid_slots(tokens, lengths)
+            tokens, length = tokens.reshape(-1)[slots], tokens.shape[1]
+        else:
+            _check_int64("tokens", tokens, 1)
+            bounds = _bounds(tokens, cu_seqlens)
+        each = torch.arange(tokens.numel(), device=tokens.device)
+        segments = Segments(each, each, torch.arange(tokens.numel() + 1, device=tokens.device))
+        return cls(tokens, bounds.int(), torch.ones_like(tokens), bounds, segments, slots, length)
+
+    @classmethod
+    def _from_sorted(cls, tokens: Tensor, order: Tensor, starts: Tensor, cu_occurrences: Tensor) -> UniqueSpace:
+        """From occurrences (M,) `order`ed by (sample, token, position), `starts` marking the first of each token."""
+        members = tokens.numel()
+        begin = starts.nonzero().squeeze(1)  # the one size that must reach the host
+        rows = begin.numel()
+        if rows > _INT32_MAX:
+            raise ValueError(f"tokens hold {rows} distinct rows; cu_seqlens is int32, so split the batch below 2**31")
+        group = starts.cumsum(0) - 1
+        first = order[begin]
+        is_first = torch.zeros(members, dtype=torch.bool, device=tokens.device)
+        is_first[first] = True
+        rows_before = torch.zeros(members + 1, dtype=torch.int64, device=tokens.device)
+        torch.cumsum(is_first, 0, out=rows_before[1:])
+        row_of_group = rows_before[first]  # first-occurrence order: the rows that begin earlier
+
+        sizes = torch.diff(begin, append=begin.new_tensor([members]))
+        counts = torch.empty_like(sizes)
+        counts[row_of_group] = sizes
+        offsets = torch.zeros(rows + 1, dtype=torch.int64, device=tokens.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        row = row_of_group[group]
+        inverse, by_row = torch.empty_like(order), torch.empty_like(order)
+        inverse[order] = row
+        by_row[offsets[row] + torch.arange(members, device=tokens.device) - begin[group]] = order
+        cu_seqlens = rows_before[cu_occurrences].int()
+        return cls(tokens[is_first], cu_seqlens, counts, cu_occurrences, Segments(inverse, by_row, offsets))
+
+    @property
+    def num_samples(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def num_occurrences(self) -> int:
+        return self.segments.num_members
+
+    @property
+    def inverse(self) -> Tensor:
+        """(M,) int64: the row of each occurrence."""
+        return self.segments.index
+
+    @property
+    def all_distinct(self) -> bool:
+        """Whether no sample repeats a token; then every log weight of plain attention is 0."""
+        return self.num_rows == self.num_occurrences
+
+    def as_packed(self) -> UniqueSpace:
+        """The same space, for values that are already packed (M, ...)."""
+        return replace(self, slots=None, padded_length=None)
+
+    def positions(self) -> Tensor:
+        """(M,) int64: each occurrence's position in its sample."""
+        begin = torch.repeat_interleave(
+            self.cu_occurrences[:-1], self.cu_occurrences.diff(), output_size=self.num_occurrences
+        )
+        return torch.arange(self.num_occurrences, device=self.tokens.device) - begin
+
+    def sample_of_rows(self) -> Tensor:
+        """(U,) int64: the sample of each row."""
+        return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_rows)
+
+    def sample_of_occurrences(self) -> Tensor:
+        """(M,) int64: the sample of each occurrence."""
+        return torch.repeat_interleave(self.cu_occurrences.diff(), output_size=self.num_occurrences)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """Rows (U, ...) to occurrences: (B, L, ...) with zeros past the lengths for padded input, (M, ...) for packed."""
+        occurrences = expand(rows, self.segments)
+        if self.slots is None or self.padded_length is None:
+            return occurrences
+        length = self.padded_length
+        if self.num_occurrences == self.num_samples * length:
+            return occurrences.reshape(self.num_samples, length, *rows.shape[1:])
+        grid = rows.new_zeros(self.num_samples * length, *rows.shape[1:])
+        return grid.index_copy(0, self.slots, occurrences).reshape(self.num_samples, length, *rows.shape[1:])
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Per-occurrence values (B, L, ...) of padded input to (M, ...); packed values (M, ...) pass through."""
+        if self.slots is None or self.padded_length is None:
+            if values.shape[0] != self.num_occurrences:
+                raise ValueError(
+                    f"values have {values.shape[0]} rows; pass one per occurrence ({self.num_occurrences})"
+                )
+            return values
+        expected = (self.num_samples, self.padded_length)
+        if values.dim() < 2 or tuple(values.shape[:2]) != expected:
+            raise ValueError(f"values have shape {tuple(values.shape)}; pass {expected} or {expected} + (...)")
+        flat = values.reshape(-1, *values.shape[2:])
+        return flat if self.num_occurrences == flat.shape[0] else flat.index_select(0, self.slots)
+
+    def fold(self, values: Tensor, how: str = "sum") -> Tensor:
+        """Per-occurrence values to rows (U, ...): `how` is "sum", "mean" or "logsumexp" over each row's occurrences."""
+        packed = self.pack(values)
+        if how == "logsumexp":
+            return segment_logsumexp(packed, self.segments)
+        if how not in ("sum", "mean"):
+            raise ValueError(f"how is {how!r}; pass 'sum', 'mean' or 'logsumexp'")
+        total = segment_sum(packed, self.segments)
+        return total if how == "sum" else total / self.counts.view(-1, *([1] * (total.dim() - 1)))
+
+    def log_counts(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """log multiplicity (U,), or None where every count is 1 and the weights would all be 0."""
+        return None if self.all_distinct else self.counts.to(torch.promote_types(dtype, torch.float32)).log()
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """Additive per-occurrence score biases b_j (B, L[, H]) or (M[, H]) to log weights w_u = logsumexp b_j (U[, H]).
+
+        Returned in float32 or wider (DESIGN section 3); -inf removes an occurrence.
+        """
+        return self.fold(bias.to(torch.promote_types(bias.dtype, torch.float32)), "logsumexp")
+
+    def fold_value_term(self, term: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Per-occurrence value terms r_j (..., H, D) to rows (U, H, D): the mean of r_j weighted by softmax(b_j).
+
+        bias: the same per-occurrence biases that `fold_bias` took, (..., ) or (..., H); None means equal weights.
+        """
+        if bias is None:
+            return self.fold(term, "mean")
+        packed = self.pack(bias).to(torch.promote_types(bias.dtype, torch.float32))
+        log_weight = segment_logsumexp(packed, self.segments)
+        safe = log_weight.masked_fill(log_weight == -torch.inf, 0.0)
+        share = (packed - expand(safe, self.segments)).exp()
+        share = share.view(*share.shape, *([1] * (self.pack(term).dim() - share.dim())))
+        return segment_sum((share * self.pack(term)).to(term.dtype), self.segments)
+
+
+def _check_int64(name: str, x: Tensor, dim: int) -> None:
+    if x.dtype != torch.int64:
+        raise ValueError(f"{name} is {x.dtype}; pass int64 (`{name}.long()`)")
+    if x.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {dim} dimension{'s' if dim > 1 else ''}")
+
+
+def _valid_slots(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask of valid slots (B, L), their flat indices (M,), and the bounds of samples (B + 1,) among them."""
+    _check_int64("tokens", tokens, 2)
+    _check_int64("lengths", lengths, 1)
+    if lengths.shape[0] != tokens.shape[0]:
+        raise ValueError(f"lengths has {lengths.shape[0]} entries for {tokens.shape[0]} samples; pass one per sample")
+    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
+        raise ValueError(
+            f"lengths lie in [{int(lengths.min())}, {int(lengths.max())}]; they must lie in [0, L] with L = {tokens.shape[1]}"
+        )
+    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    bounds = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=tokens.device)
+    torch.cumsum(lengths, 0, out=bounds[1:])
+    return valid, valid.reshape(-1).nonzero().squeeze(1), bounds
+
+
+def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    if cu_seqlens is None:
+        return torch.tensor([0, tokens.numel()], device=tokens.device)
+    bounds = cu_seqlens.long()
+    ends = (int(bounds[0]), int(bounds[-1])) if bounds.numel() else (None, None)
+    if ends != (0, tokens.numel()) or bool((bounds.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens runs from {ends[0]} to {ends[1]}; it must rise from 0 to the number of tokens, {tokens.numel()}"
+        )
+    return bounds

@@ -1,0 +1,84 @@
+"""A pool of gloo ranks that outlives one test: importing torch costs seconds, running a function on the pool milliseconds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from typing import Any
+
+TIMEOUT_S = 60  # a test that hangs fails within this time
+
+
+class RankPool:
+    """`size` processes in one gloo group. `run(fn, *args)` calls fn(*args) on each and returns their results in rank order."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._workers: list[Any] = []
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """fn must be importable (module level) and its arguments picklable. Raises the first rank's failure as an AssertionError."""
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((fn, args))
+        outcomes = []
+        for rank, (_, pipe) in enumerate(self._workers):
+            if not pipe.poll(TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"rank {rank} of {self.size} did not answer within {TIMEOUT_S} s")
+            outcomes.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+        if failures:
+            self.close()  # the group may be out of step: the next test gets a fresh one
+            raise AssertionError("\n".join(failures))
+        return [result for _, result in outcomes]
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = get_context("spawn")
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S))
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome = (True, fn(*args))
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        pipe.send(outcome)
