@@ -28,6 +28,19 @@ class EmbeddingFn(Protocol):
     def __call__(self, ids: Tensor, /) -> Tensor: ...
 
 
+class SharedEmbedding:
+    """A table for several modules, none of which registers it: its owner saves and steps it once."""
+
+    def __init__(self, table: EmbeddingFn) -> None:
+        self.table = table
+        self.embedding_dim: int | None = getattr(table, "embedding_dim", None)
+        if hasattr(table, "owner_of"):
+            self.owner_of = table.owner_of
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
 def owners_of(embedding_fn: EmbeddingFn, num_ranks: int) -> Owners:
     """The embedding's own ownership where it has one, else a hash of the id."""
     return embedding_fn if hasattr(embedding_fn, "owner_of") else HashOwners(num_ranks)  # type: ignore[return-value]
@@ -89,7 +102,7 @@ class ShardedTokenEmbedding(nn.Module):
         self.trainable = True
         first, last = self._bounds()
         std = embedding_dim**-0.5 if init_std is None else init_std
-        rows = _initial_rows(first, last, embedding_dim, std, seed)
+        rows = initial_rows(first, last, embedding_dim, std, seed)
         self.rows = rows.to(device=device if device is not None else self.group.device, dtype=dtype)
         self.state = self.optimizer.init_state(self.rows)
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -100,6 +113,17 @@ class ShardedTokenEmbedding(nn.Module):
         per_rank = self.owners.rows_per_rank
         first = min(self.group.rank * per_rank, self.vocab_size)
         return first, min(first + per_rank, self.vocab_size)
+
+    def regroup(self, group: Any) -> None:
+        """Shard a whole table (built without a group, the same on every rank) over `group`: keep this rank's rows and their state."""
+        if self.group.size > 1:
+            raise ValueError(f"the table is sharded over {self.group.size} ranks already; build it without a group to move it")
+        self.group = SSPGroup.wrap(group)
+        self.owners = PermutedRows(self.vocab_size, self.group.size)
+        mine = slice(*self._bounds())
+        self.rows = self.rows[mine].clone()
+        self.state = {name: value[mine].clone() for name, value in self.state.items()}
+        self.zero_grad()
 
     def owner_of(self, ids: Tensor) -> Tensor:
         """ids (n,) int64 -> owning rank in the group (n,) int64."""
@@ -137,7 +161,7 @@ class ShardedTokenEmbedding(nn.Module):
         """Squared norm of the whole table's reduced gradient, a scalar equal on every rank. Collective."""
         self.reduce_gradients()
         assert self._reduced is not None
-        mine = self._reduced[1].float().square().sum().reshape(1)
+        mine = _squared_norm(self._reduced[1]).reshape(1)
         return all_gather_rows(mine, [1] * self.group.size, self.group, "norm").sum()
 
     def step(self, grad_scale: float | Tensor = 1.0) -> None:
@@ -225,7 +249,7 @@ def _fold_rows(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     return (rows, grads) if distinct.all_distinct else (distinct.tokens, segment_sum(grads, distinct.segments))
 
 
-def _initial_rows(first: int, last: int, dim: int, std: float, seed: int) -> Tensor:
+def initial_rows(first: int, last: int, dim: int, std: float, seed: int) -> Tensor:
     """Rows [first, last) of the table that `seed` defines, whoever asks for them."""
     blocks = []
     for block in range(first // _INIT_BLOCK, -(-last // _INIT_BLOCK)):
@@ -234,6 +258,11 @@ def _initial_rows(first: int, last: int, dim: int, std: float, seed: int) -> Ten
         rows = torch.randn(_INIT_BLOCK, dim, generator=generator).mul_(std)
         blocks.append(rows[max(first - start, 0) : last - start])
     return torch.cat(blocks) if blocks else torch.empty(0, dim)
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum()
 
 
 def clip_grad_norm_(
@@ -245,7 +274,7 @@ def clip_grad_norm_(
     rows counted in. Collective over the tables' groups.
     """
     dense = [p.grad for p in parameters if p.grad is not None]
-    squares = [g.float().square().sum() for g in dense] + [t.grad_norm_squared() for t in tables]
+    squares = [_squared_norm(g) for g in dense] + [t.grad_norm_squared() for t in tables]
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in dense:

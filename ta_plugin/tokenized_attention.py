@@ -169,6 +169,11 @@ class TokenizedAttention(nn.Module):
         only_gather = None if targets is not None else "self-attention has as many queries as keys"
         return explain(load, rates, self.strategy, f"{choice.name} ({choice.reason})", only_gather)
 
+    def regroup(self, group: Any) -> None:
+        """Move to another SSPGroup or process group, sizes checked again. Collective over it; the embedding is its own to move."""
+        self.group = SSPGroup.wrap(group)
+        self._agree_on_sizes(self.group.size)
+
     def extra_repr(self) -> str:
         return f"batch_size={self.batch_size}, sequence_length={self.sequence_length}, strategy={self.strategy!r}, {self.group}"
 

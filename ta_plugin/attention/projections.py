@@ -27,6 +27,7 @@ class HeadProjections(nn.Module):
         self.query, self.key, self.value = query, key, value
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.may_absorb = True  # False where ranks must call the same modules: parameters gathered on use (ZeRO-3)
         if num_heads < 1 or self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads, {num_heads}")
 
@@ -46,7 +47,7 @@ class HeadProjections(nn.Module):
 
         A norm on keys, or any other module, is not; the embedding itself needs no absorption.
         """
-        return type(self.key) is nn.Linear and type(self.value) is nn.Linear
+        return self.may_absorb and type(self.key) is nn.Linear and type(self.value) is nn.Linear
 
     def absorption_pays(self, num_rows: int, num_queries: int, pairs: int) -> bool:
         """Whether absorbing costs fewer operations than projecting `num_rows` keys and values for `num_queries` queries.

@@ -1,6 +1,7 @@
 """Process groups, and collectives that autograd can pass through."""
 
 from ta_plugin.parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from ta_plugin.parallel.dense import average_gradients
 from ta_plugin.parallel.groups import SSPGroup, create_ssp_group
 from ta_plugin.parallel.header import exchange_header
 from ta_plugin.parallel.traffic import Traffic
@@ -10,6 +11,7 @@ __all__ = [
     "Traffic",
     "all_gather_rows",
     "all_to_all_rows",
+    "average_gradients",
     "create_ssp_group",
     "exchange_header",
     "reduce_scatter_rows",

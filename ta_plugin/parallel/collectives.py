@@ -40,6 +40,11 @@ def reduce_scatter_rows(x: Tensor, rows: Sequence[int], group: SSPGroup, name: s
     return _ReduceScatter.apply(x, list(rows), group, name)
 
 
+def gather_single(gathered: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Equal parts x of every rank into `gathered`, by the name this torch has for it (renamed in 2.13)."""
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, x, group=group)
+
+
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: SSPGroup, name: str) -> Tensor:
     received = x.new_empty(sum(receive), *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), receive, send, group=group.group)
@@ -50,7 +55,7 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], group: SSPGroup, n
 def _gather(x: Tensor, rows: list[int], group: SSPGroup, name: str) -> Tensor:
     if min(rows) == max(rows):
         gathered = x.new_empty(sum(rows), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group.group)
+        gather_single(gathered, x.contiguous(), group.group)
         group.traffic.record(name, x, (group.size - 1) * x.shape[0])
         return gathered
     # uneven: an all-to-all that sends the same rows to everybody moves no padding

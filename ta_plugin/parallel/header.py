@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ta_plugin.parallel.collectives import gather_single
 from ta_plugin.parallel.groups import SSPGroup
 
 _FIELDS = 15
@@ -21,7 +22,7 @@ def exchange_header(group: SSPGroup, fields: Sequence[int], error: Exception | N
     then every rank raises the same ValueError, which names the first rank that reported and repeats its message.
     """
     header = torch.zeros(_FIELDS + 1 + _MESSAGE_BYTES // 8, dtype=torch.int64)
-    message = str(error).encode()[:_MESSAGE_BYTES] if error is not None else b""
+    message = (str(error) or repr(error)).encode()[:_MESSAGE_BYTES] if error is not None else b""
     header[: len(fields)] = torch.tensor(list(fields), dtype=torch.int64)
     header[_FIELDS] = len(message)
     if message:
@@ -42,6 +43,6 @@ def _all_gather(header: Tensor, group: SSPGroup) -> Tensor:
         return header[None]
     mine = header.to(group.device)
     gathered = mine.new_empty(group.size * mine.numel())
-    dist.all_gather_into_tensor(gathered, mine, group=group.group)
+    gather_single(gathered, mine, group.group)
     group.traffic.record("header", mine, (group.size - 1) * mine.numel())
     return gathered.view(group.size, -1).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from torch import Tensor
@@ -19,9 +20,7 @@ class Traffic:
 
     def record(self, name: str, payload: Tensor, rows_sent: int) -> None:
         """Count `rows_sent` rows of `payload` (rows, ...) under `name`."""
-        elements = rows_sent * (
-            payload[0].numel() if payload.shape[0] else payload.new_empty(1, *payload.shape[1:]).numel()
-        )
+        elements = rows_sent * math.prod(payload.shape[1:])
         self.elements[name] += elements
         self.bytes[name] += elements * payload.element_size()
 

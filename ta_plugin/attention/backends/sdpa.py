@@ -66,11 +66,11 @@ class _Flash(torch.autograd.Function):
 
 
 def _mask(weight: Tensor | None, q: Tensor) -> Tensor | None:
-    """weight (n, H or 1, Tk) as the kernel's additive mask, broadcast without a copy."""
+    """weight (n, H or 1, Tk), float32 whatever q is, as the kernel's additive mask, broadcast without a copy."""
     if weight is None:
         return None
     n, tq, heads = q.shape[:3]
-    return weight.to(q.dtype)[:, :, None, :].expand(n, heads if weight.shape[1] > 1 else 1, tq, weight.shape[2])
+    return weight[:, :, None, :].expand(n, heads if weight.shape[1] > 1 else 1, tq, weight.shape[2])
 
 
 def _with_column(x: Tensor, value: float) -> Tensor:

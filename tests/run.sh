@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them: lint, format, types, then pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source examples/environment.sh
+make_environment megatron,deepspeed,examples,test
+
+export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-}
+if [ $# -eq 0 ]; then
+  "$VENV/bin/ruff" check .
+  "$VENV/bin/ruff" format --check .
+  "$VENV/bin/mypy"
+fi
+exec "$VENV/bin/python" -m pytest "$@"
