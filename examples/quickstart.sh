@@ -24,8 +24,6 @@ gpus=$("$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count())')
 processes=${PROCESSES:-$((gpus > 1 ? gpus : 2))}
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-# keep large freed blocks: returning them to the system at every step costs as much as the arithmetic on some machines
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 
 exec "$VENV/bin/torchrun" --standalone --nproc-per-node "$processes" examples/recommender/train.py \
   ${data[@]+"${data[@]}"} "$@"

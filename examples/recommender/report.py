@@ -86,7 +86,7 @@ def print_outcomes(outcomes: list[Outcome], popularity: dict[str, float], group:
         "speed",
         "KiB sent per step",
         "sent",
-        "peak MiB",
+        "step MiB",
         "largest difference",
     ):
         cost.add_column(column, justify="left" if column == "history tokens" else "right")
@@ -106,8 +106,9 @@ def print_outcomes(outcomes: list[Outcome], popularity: dict[str, float], group:
         )
     console.print(cost)
     console.print(
-        "Where L/U is 1 nobody repeats a token, so attention itself gains nothing; what moves less then is the embeddings that "
-        "several samples share, and keys that stay at their owners."
+        "Forward and backward of the same batches, in turn. Sent: counted at the collectives' buffers, all ranks, gradients of dense "
+        "parameters left out. Step MiB: memory a step takes, the largest of the ranks. Where L/U is 1 no user repeats a token and "
+        "attention itself gains nothing; what is saved then is embeddings that several samples share and keys that stay at their owners."
     )
     console.print(f"curves: {out / 'curves.png'}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ class Measured:
 
     tokens_per_second: history events of all ranks over the time of forward and backward
     bytes_sent:        what all ranks sent each other per step, counted at the collectives' buffers, forward and backward
-    peak_memory:       bytes, the largest of the ranks: the process's resident peak on CPU, allocated on CUDA; None if unknown
+    peak_memory:       bytes that a step takes on top of what is in use before it, the largest of the ranks: resident on the CPU
+                       (Linux with glibc), allocated on CUDA; None where that cannot be read
     """
 
     tokens_per_second: float
@@ -55,13 +57,13 @@ def compare(trainer: RecommenderTrainer, steps: int = 6) -> Comparison:
         for name, model in models.items():
             exchange_header(trainer.group, [])  # ranks start together
             trainer.group.traffic.reset()
-            _reset_peak(trainer.group.device)
+            in_use = _start_peak(trainer.group.device)
             started = time.perf_counter()
             logits[name] = _forward_backward(trainer, model, batch)
             if number:
                 seconds[name] += time.perf_counter() - started
                 sent[name] += trainer.group.traffic.total_bytes()
-                peaks[name] = max(peaks[name], _peak(trainer.group.device))
+                peaks[name] = max(peaks[name], _peak(trainer.group.device) - in_use if in_use else 0)
         difference = max(difference, float((logits["tokenized"] - logits["plain"]).abs().max()))
         largest = max(largest, float(logits["plain"].abs().max()))
     events = sum(int(batch.lengths.sum()) for batch in batches[1:])
@@ -94,18 +96,24 @@ def _distinct_rows(tokens: Tensor, lengths: Tensor) -> int:
     return UniqueSpace.from_padded(tokens, lengths).num_rows
 
 
-def _reset_peak(device: torch.device) -> None:
+def _start_peak(device: torch.device) -> int:
+    """Begin to watch memory; returns what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return torch.cuda.memory_allocated(device)
     control = Path("/proc/self/clear_refs")
-    if control.exists():
-        control.write_text("5")  # Linux: forget the resident high-water mark
+    if not control.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or the process would reuse it unseen
+    control.write_text("5")  # Linux: forget the resident high-water mark
+    return _resident("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), 0)

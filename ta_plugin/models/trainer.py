@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,8 @@ class RecommenderTrainer:
     def save(self, folder: Path, step: int, log: list[dict[str, Any]]) -> None:
         """Save everything a resumed run needs after `step` updates; only the newest checkpoint stays. Collective."""
         target = folder / f"step_{step:08d}"
-        dcp.save({**self._state(), "step": step, "log": log}, checkpoint_id=str(target))
+        # the log as text: a list would be taken apart into one entry per number
+        dcp.save({**self._state(), "step": step, "log": json.dumps(log)}, checkpoint_id=str(target))
         if not dist.is_initialized() or dist.get_rank() == 0:
             pending = folder / "latest.tmp"
             pending.write_text(target.name)
@@ -125,12 +127,12 @@ class RecommenderTrainer:
         latest = folder / "latest"
         if not latest.exists():
             return 0, []
-        state: dict[str, Any] = {**self._state(), "step": 0, "log": []}
+        state: dict[str, Any] = {**self._state(), "step": 0, "log": ""}
         dcp.load(state, checkpoint_id=str(folder / latest.read_text()))
         self.model.load_state_dict(state["model"])
         self.table.load_state_dict(state["table"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-        return state["step"], state["log"]
+        return state["step"], json.loads(state["log"])
 
     def _state(self) -> dict[str, Any]:
         return {
