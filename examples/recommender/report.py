@@ -106,14 +106,15 @@ def print_outcomes(outcomes: list[Outcome], popularity: dict[str, float], group:
         )
     console.print(cost)
     console.print(
-        "Forward and backward of the same batches, in turn. Sent: counted at the collectives' buffers, all ranks, gradients of dense "
-        "parameters left out. Step MiB: memory a step takes, the largest of the ranks. Where L/U is 1 no user repeats a token and "
-        "attention itself gains nothing; what is saved then is embeddings that several samples share and keys that stay at their owners."
+        "Forward and backward of the same batches, in turn. Sent: counted at the collectives' buffers, all ranks, without the "
+        "gradients of dense parameters. Step MiB: memory a step takes, the largest of the ranks. Where L/U is 1 no user repeats a "
+        "token and attention itself gains nothing; what is saved then is embeddings that several samples share, and keys that "
+        "stay at their owners."
     )
     console.print(f"curves: {out / 'curves.png'}")
 
 
-def write_curves(outcomes: list[Outcome], popularity: dict[str, float], path: Path) -> None:
+def write_curves(outcomes: list[Outcome], popularity_valid: dict[str, float], path: Path) -> None:
     """Loss and validation NDCG@10 against updates, one line per run."""
     import matplotlib
 
@@ -129,7 +130,7 @@ def write_curves(outcomes: list[Outcome], popularity: dict[str, float], path: Pa
         evaluated = [row for row in o.log if "ndcg@10" in row]
         right.plot([r["step"] for r in evaluated], [r["ndcg@10"] for r in evaluated], marker="o", label=o.name)
     left.set(xlabel="updates", ylabel="loss (mean of 20)", title="Sampled softmax loss")
-    right.axhline(popularity["ndcg@10"], color="grey", linestyle="--", label="popularity (test)")
+    right.axhline(popularity_valid["ndcg@10"], color="grey", linestyle="--", label="popularity")
     right.set(xlabel="updates", ylabel="NDCG@10", title="Validation")
     left.legend()
     right.legend()

@@ -17,8 +17,10 @@ import typer
 from report import Outcome, Progress, print_outcomes, write_curves
 
 from ta_plugin import create_ssp_group
+from ta_plugin.data.batches import HistoryBatches, Part
 from ta_plugin.data.interactions import Interactions, events_to_train, load_interactions
 from ta_plugin.models.compare import compare
+from ta_plugin.models.metrics import candidate_counts, mean_metrics, popularity_scores, positive_ranks, ranking_metrics
 from ta_plugin.models.recommender import RecommenderConfig
 from ta_plugin.models.trainer import RecommenderTrainer, train
 from ta_plugin.parallel import SSPGroup
@@ -116,9 +118,9 @@ def main(
         outcomes.append(outcome)
     else:
         if first:
-            popularity = popularity_baseline(load((item_column,)))
-            print_outcomes(outcomes, popularity, group, out)
-            write_curves(outcomes, popularity, out / "curves.png")
+            data = load((item_column,))
+            print_outcomes(outcomes, popularity_baseline(data, "test"), group, out)
+            write_curves(outcomes, popularity_baseline(data, "valid"), out / "curves.png")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -152,20 +154,11 @@ def run(
     return Outcome(name, log, trainer.evaluate("test"), compare(trainer), share.total)
 
 
-def popularity_baseline(data: Interactions) -> dict[str, float]:
+def popularity_baseline(data: Interactions, part: Part) -> dict[str, float]:
     """The same protocol with items ranked by how often they occur in training."""
-    from ta_plugin.data.batches import HistoryBatches
-    from ta_plugin.models.metrics import (
-        candidate_counts,
-        mean_metrics,
-        popularity_scores,
-        positive_ranks,
-        ranking_metrics,
-    )
-
     scores = popularity_scores(torch.from_numpy(data.items[events_to_train(data)]), data.n_items)
     batches = HistoryBatches(data, batch_size=data.n_users, sequence_length=1, n_negatives=0)
-    batch = batches.evaluation_batch("test", 0)
+    batch = batches.evaluation_batch(part, 0)
     seen = batch.seen_mask(data.n_items)
     ranks = positive_ranks(scores.expand(len(seen), -1), batch.positive, seen)
     return mean_metrics(ranking_metrics(ranks, candidate_counts(batch.positive, seen), weights=batch.weights))

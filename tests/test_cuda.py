@@ -1,0 +1,96 @@
+"""The core on a GPU: FlexAttention against float64, the class against the oracle, bitwise repeats. Runs where CUDA is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention, UniqueSpace
+from ta_plugin.attention import weighted_attention
+from ta_plugin.data.interactions import load_interactions
+from ta_plugin.models.recommender import RecommenderConfig
+from ta_plugin.models.trainer import RecommenderTrainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def packed(
+    dtype: torch.dtype, per_head: bool, lens_q: list[int], lens_k: list[int]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    torch.manual_seed(0)
+    cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).int().cuda() for lens in (lens_q, lens_k))
+    heads, kv_heads, dim = 4, 2, 64
+    q = torch.randn(int(cu_q[-1]), heads, dim, device="cuda", dtype=dtype)
+    k, v = (torch.randn(int(cu_k[-1]), kv_heads, dim, device="cuda", dtype=dtype) for _ in range(2))
+    weight = torch.randn(int(cu_k[-1]), *((heads,) if per_head else ()), device="cuda").mul(4)
+    weight[1] = -torch.inf
+    k[1], v[1] = torch.nan, torch.nan  # an absent key's rows reach nobody
+    return [q, k, v, weight], cu_q, cu_k
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lens", [([300, 0, 70, 129], [411, 5, 0, 130]), ([1, 1, 2], [900, 3, 17])])
+def test_flex_against_float64(lens: Any, dtype: torch.dtype, per_head: bool) -> None:
+    inputs, cu_q, cu_k = packed(dtype, per_head, *lens)
+    results = []
+    for backend, kind in (("flex", None), ("reference", torch.float64)):
+        leaves = [x.detach().clone().to(kind or x.dtype).requires_grad_() for x in inputs]
+        out, lse = weighted_attention(*leaves, cu_q, cu_k, return_lse=True, backend=backend)
+        present = lse > -torch.inf
+        (out.double().square().sum() + lse.double()[present].sin().sum()).backward()
+        results.append([out, lse, *(x.grad for x in leaves)])
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-3  # fp32 matrix units may run tf32
+    for ours, exact in zip(*results, strict=True):
+        finite = exact.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        error = (ours.double()[finite] - exact[finite]).norm() / exact[finite].norm().clamp(min=1e-12)
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("strategy", ["gather", "owner"])
+def test_class_on_cuda_equals_cpu_and_repeats(strategy: str) -> None:
+    torch.manual_seed(1)
+    tokens, lengths = torch.randint(0, 50, (5, 40)), torch.tensor([40, 0, 17, 1, 33])
+    targets = torch.randint(0, 50, (5, 3))
+    cutoffs = torch.randint(0, 41, (5, 3))
+    results = []
+    for device in ("cpu", "cuda", "cuda"):
+        group = SSPGroup(None, device=device)
+        table = ShardedTokenEmbedding(50, 32, group, dtype=torch.float64)
+        attention = TokenizedAttention(5, 40, 1, table, group=group, num_heads=2, strategy=strategy, include_self=True)
+        outs = []
+        for options in ({}, {"target_cutoffs": cutoffs.to(device)}):
+            out = attention(tokens.to(device), lengths.to(device), targets=targets.to(device), **options)
+            out.sin().sum().backward()
+            outs.append(out.detach().cpu())
+        table.step()
+        results.append([*outs, table.to_dense().cpu()])
+    for cpu, first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, cpu, rtol=0, atol=1e-10)
+        assert torch.equal(first, second)
+
+
+def test_unique_space_on_cuda_equals_cpu() -> None:
+    torch.manual_seed(2)
+    tokens, lengths = torch.randint(0, 2**62, (64, 300)) % 97, torch.randint(0, 301, (64,))
+    here, there = UniqueSpace.from_padded(tokens, lengths), UniqueSpace.from_padded(tokens.cuda(), lengths.cuda())
+    for name in ("tokens", "cu_seqlens", "counts", "inverse"):
+        assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
+
+
+def test_recommender_trains_on_cuda(tmp_path: Path) -> None:
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += [f"u{e % 30}\ti{(e * 7) % 40}\t{1 + e % 5}\t{1000 * e}" for e in range(900)]
+    (tmp_path / "small.inter").write_text("\n".join(lines) + "\n")
+    data = load_interactions(tmp_path / "small.inter")
+    config = RecommenderConfig(data.n_items, data.n_actions, 16, recent_length=10, long_length=20, dim=32)
+    trainer = RecommenderTrainer(
+        data, config, tokens_are_items=True, num_negatives=7, learning_rate=0.01, group=SSPGroup(None, device="cuda")
+    )
+    losses = [trainer.train_step(step)[0] for step in range(30)]
+    assert sum(losses[-5:]) < sum(losses[:5])
