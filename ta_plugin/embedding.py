@@ -117,7 +117,9 @@ class ShardedTokenEmbedding(nn.Module):
     def regroup(self, group: Any) -> None:
         """Shard a whole table (built without a group, the same on every rank) over `group`: keep this rank's rows and their state."""
         if self.group.size > 1:
-            raise ValueError(f"the table is sharded over {self.group.size} ranks already; build it without a group to move it")
+            raise ValueError(
+                f"the table is sharded over {self.group.size} ranks already; build it without a group to move it"
+            )
         self.group = SSPGroup.wrap(group)
         self.owners = PermutedRows(self.vocab_size, self.group.size)
         mine = slice(*self._bounds())
@@ -131,7 +133,9 @@ class ShardedTokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows (n, D) of owned global ids (n,) int64. Gradients are recorded for `step()`."""
-        anchor = torch.empty(0, requires_grad=self.trainable)  # makes autograd call backward, also with no ids
+        anchor = torch.empty(
+            0, device=self.rows.device, requires_grad=self.trainable
+        )  # makes autograd call backward, also with no ids
         return _OwnedRows.apply(anchor, self.owners.local_row(ids), self)
 
     def record(self, rows: Tensor, grad: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from ta_plugin.strategies.request import Encoder
 from ta_plugin.unique_space import UniqueSpace
 
 _STRATEGIES = ("auto", "gather", "owner", "positions")
+_OPTIONAL = ("targets", "queries", "target_lengths", "target_cutoffs", "bias", "value_term", "multiplier", "encode")
 
 
 class TokenizedAttention(nn.Module):
@@ -154,7 +156,9 @@ class TokenizedAttention(nn.Module):
         if targets is not None:
             slots = PackedTargets.of(targets.shape[0], targets.shape[1], target_lengths, targets.device)
         embed_dim = getattr(self.embedding_fn, "embedding_dim", None) or self._width_of_one_row()
-        load = self._workload([self._sizes(space, slots)], embed_dim, id_shares(space.tokens))
+        sizes = self._sizes(space, slots)
+        sizes[3] = int(space.tokens.unique().numel())  # forward counts distinct ids only where its choice needs them
+        load = self._workload([sizes], embed_dim, id_shares(space.tokens))
         rates = self.rates or Rates.of(tokens.device)
         head_dim = load.head_dim
         choice = choose(
@@ -215,9 +219,8 @@ class TokenizedAttention(nn.Module):
     ) -> tuple[Request, str]:
         """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
         given = (targets, queries, target_lengths, cutoffs, bias, value_term, multiplier, encode)
-        options = sum(1 << i for i, x in enumerate(given) if x is not None)
         error: Exception | None = None
-        sizes, space, slots, sides = [0] * 5, None, None, Sides()
+        options, sizes, space, slots, sides = [0] * len(given), [0] * 5, None, None, Sides()
         try:
             check_tokens("tokens", tokens, self.group.device, self.vocab_size, lengths, self._shape())
             slots = self._check_targets(tokens, targets, queries, target_lengths, cutoffs)
@@ -229,17 +232,19 @@ class TokenizedAttention(nn.Module):
             space = (UniqueSpace.of_occurrences if positions else UniqueSpace.from_padded)(tokens, lengths)
             sides = Sides.pack(space, bias, value_term, multiplier)
             sides.check(self.scoring.normaliser)
-            sizes = self._sizes(space, slots)
+            options, sizes = [_kind(x) for x in given], self._sizes(space, slots)
         except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
             error = failure
-        headers = exchange_header(self.group, [options, *sizes], error)
+        headers = exchange_header(self.group, [*options, *sizes], error)
         for rank, header in enumerate(headers):
-            if header[0] != headers[0][0]:
-                raise ValueError(
-                    f"rank {rank} passed other optional arguments to forward than rank 0; pass the same ones on every rank"
-                )
+            for name, kind, first in zip(_OPTIONAL, header, headers[0], strict=False):
+                if kind != first:
+                    raise ValueError(
+                        f"{name} differs between rank 0 and rank {rank}: given on one only, or of another dtype, width or "
+                        "requires_grad; pass the same on every rank"
+                    )
         assert space is not None
-        by_rank = [header[1:] for header in headers]
+        by_rank = [header[len(options) :] for header in headers]
         request = Request(
             space,
             sides,
@@ -337,3 +342,11 @@ class TokenizedAttention(nn.Module):
     def _width_of_one_row(self) -> int:
         with torch.no_grad():
             return self.embedding_fn(torch.empty(0, dtype=torch.int64, device=self.group.device)).shape[1]
+
+
+def _kind(argument: Any) -> int:
+    """What ranks must agree on for an optional argument, as a number: 0 for None, else dtype, shape past (B, L) and gradient."""
+    if not isinstance(argument, Tensor):
+        return int(argument is not None)
+    flows = argument.requires_grad and torch.is_grad_enabled()
+    return 2 + zlib.crc32(repr((argument.dtype, tuple(argument.shape[2:]), flows)).encode())

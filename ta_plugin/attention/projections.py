@@ -27,7 +27,7 @@ class HeadProjections(nn.Module):
         self.query, self.key, self.value = query, key, value
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.may_absorb = True  # False where ranks must call the same modules: parameters gathered on use (ZeRO-3)
+        self.may_absorb = True  # False where an engine needs every rank to call the same modules (ZeRO)
         if num_heads < 1 or self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads, {num_heads}")
 
