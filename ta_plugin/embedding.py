@@ -34,11 +34,17 @@ class SharedEmbedding:
     def __init__(self, table: EmbeddingFn) -> None:
         self.table = table
         self.embedding_dim: int | None = getattr(table, "embedding_dim", None)
+        self.vocab_size = vocab_size_of(table)
         if hasattr(table, "owner_of"):
             self.owner_of = table.owner_of
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.table(ids)
+
+
+def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
+    """How many ids an embedding has, where it says so (ours and nn.Embedding do); None for open id spaces."""
+    return getattr(embedding_fn, "vocab_size", None) or getattr(embedding_fn, "num_embeddings", None)
 
 
 def owners_of(embedding_fn: EmbeddingFn, num_ranks: int) -> Owners:

@@ -16,7 +16,7 @@ from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
 from ta_plugin.checks import check_cutoffs, check_lengths, check_queries, check_side, check_tokens
-from ta_plugin.embedding import EmbeddingFn
+from ta_plugin.embedding import EmbeddingFn, vocab_size_of
 from ta_plugin.ops import expand
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.strategies import (
@@ -49,7 +49,7 @@ class TokenizedAttention(nn.Module):
 
     group:         SSPGroup or process group of nranks ranks. By default the default process group; without torch.distributed
                    nranks must be 1
-    vocab_size:    ids must lie below it; None skips that check
+    vocab_size:    ids must lie below it; None takes it from the embedding, and skips the check where that has none
     query, key, value: modules (n, E) -> (n, heads * head_dim); None takes the embedding. output: (n, H * Dv) -> (n, any)
     num_heads, num_kv_heads: H and Hk
     scale, score, normaliser, activation, backend: see `Scoring`
@@ -91,7 +91,9 @@ class TokenizedAttention(nn.Module):
         if group is None and dist.is_initialized() and nranks > 1:
             group = dist.group.WORLD
         self.group = SSPGroup.wrap(group)
-        self.batch_size, self.sequence_length, self.vocab_size = batch_size, sequence_length, vocab_size
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        # an id beyond the table would fail, or alias another id, on its owner alone, while the others wait
+        self.vocab_size = vocab_size if vocab_size is not None else vocab_size_of(embedding_fn)
         self.strategy, self.include_self, self.rates = strategy, include_self, rates
         self.embedding_fn = embedding_fn
         self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)

@@ -35,4 +35,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float
         assert weight is not None
         return score + weight[sample, head, key]
 
-    return flex_attention(q, k, v, score_mod=None if weight is None else add_weight, scale=scale, return_lse=True)  # type: ignore[return-value]
+    return flex_attention(q, k, v, score_mod=None if weight is None else add_weight, scale=scale, return_lse=True)

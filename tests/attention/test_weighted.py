@@ -1,0 +1,349 @@
+"""The contract of weighted_attention: the reference against loops in float64, the torch kernel against the reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ta_plugin.attention import weighted_attention
+from ta_plugin.attention.backends import choose
+
+BACKENDS = ["reference", "sdpa"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Ragged samples of (queries, keys), and which of the contract's options they use."""
+
+    sizes: tuple[tuple[int, int], ...]
+    heads: int = 2
+    kv_heads: int = 2
+    weight: str = "shared"  # none, shared (K,) or per_head (K, H)
+    absent: float = 0.0  # share of weights that are -inf
+    chunks: int = 0  # rows of per-query weights; 0: one weight per key
+    prefix: bool = False  # k_visible, with chunks
+    causal: bool = False
+    seed: int = 0
+
+
+sizes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=4).map(tuple)
+heads = st.sampled_from([(1, 1), (2, 2), (4, 2), (4, 1)])
+weights = st.sampled_from(["none", "shared", "per_head"])
+absences = st.sampled_from([0.0, 0.4, 1.0])
+
+
+def cu_seqlens(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def tensors(problem: Problem, dtype: torch.dtype = torch.float64, dim: int = 4) -> dict[str, Any]:
+    """The call's arguments; floating ones require gradients."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    q_lengths, k_lengths = [s[0] for s in problem.sizes], [s[1] for s in problem.sizes]
+    if problem.causal:
+        k_lengths = q_lengths
+    queries, keys = sum(q_lengths), sum(k_lengths)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    call: dict[str, Any] = {
+        "q": normal(queries, problem.heads, dim),
+        "k": normal(keys, problem.kv_heads, dim),
+        "v": normal(keys, problem.kv_heads, dim),
+        "log_weight": None,
+        "cu_seqlens_q": cu_seqlens(q_lengths),
+        "cu_seqlens_k": cu_seqlens(k_lengths),
+    }
+    if problem.weight != "none":
+        shape = ([problem.chunks] if problem.chunks else []) + [keys]
+        shape += [problem.heads] if problem.weight == "per_head" else []
+        weight = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        weight[torch.rand(shape, generator=generator) < problem.absent] = -torch.inf
+        wide = torch.promote_types(dtype, torch.float32)
+        call["log_weight"] = weight.to(wide).requires_grad_()
+    if problem.chunks:
+        call["q_chunk"] = torch.randint(0, problem.chunks, (queries,), generator=generator)
+        if problem.prefix:
+            call["k_visible"] = torch.randint(0, 7, (problem.chunks,), generator=generator).int()
+    if problem.causal:
+        call["causal"] = True
+    return call
+
+
+def by_loops(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """One query, one head, one key at a time."""
+    q, k, v, weight = call["q"], call["k"], call["v"], call["log_weight"]
+    bounds_q, bounds_k = call["cu_seqlens_q"].tolist(), call["cu_seqlens_k"].tolist()
+    out, lse = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype), torch.full(q.shape[:2], -torch.inf, dtype=q.dtype)
+    outs: dict[tuple[int, int], Tensor] = {}
+    lses: dict[tuple[int, int], Tensor] = {}
+    for b in range(len(bounds_q) - 1):
+        for i in range(bounds_q[b], bounds_q[b + 1]):
+            chunk = call["q_chunk"][i] if "q_chunk" in call else None
+            for h in range(q.shape[1]):
+                g = h // (q.shape[1] // k.shape[1])
+                scores, values = [], []
+                for j in range(bounds_k[b], bounds_k[b + 1]):
+                    place = j - bounds_k[b]
+                    if call.get("causal") and place > i - bounds_q[b]:
+                        continue
+                    if "k_visible" in call and place >= int(call["k_visible"][chunk]):
+                        continue
+                    w = torch.zeros((), dtype=q.dtype)
+                    if weight is not None:
+                        w = (weight if chunk is None else weight[chunk])[j]
+                        w = w if w.dim() == 0 else w[h]
+                    if w > -torch.inf:
+                        scores.append(q[i, h] @ k[j, g] * call.get("scale", q.shape[2] ** -0.5) + w)
+                        values.append(v[j, g])
+                if scores:
+                    s = torch.stack(scores)
+                    outs[i, h], lses[i, h] = torch.softmax(s, 0) @ torch.stack(values), s.logsumexp(0)
+    if outs:
+        at = tuple(torch.tensor(x) for x in zip(*outs, strict=True))
+        out = out.index_put(at, torch.stack(list(outs.values())))
+        lse = lse.index_put(at, torch.stack(list(lses.values())))
+    return out, lse
+
+
+def gradients(out: Tensor, lse: Tensor, call: dict[str, Any]) -> list[Tensor]:
+    """Through out and lse at once, for every floating argument."""
+    generator = torch.Generator().manual_seed(9)
+    a = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    c = torch.randn(lse.shape, generator=generator, dtype=torch.float64)
+    finite = lse > -torch.inf
+    loss = (out * a).sum() + (lse[finite] * c[finite]).sum()
+    inputs = [x for x in (call["q"], call["k"], call["v"], call["log_weight"]) if x is not None]
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+
+
+def compare(call: dict[str, Any], expected: tuple[Tensor, Tensor], backend: str, atol: float) -> None:
+    out, lse = weighted_attention(**call, return_lse=True, backend=backend)
+    empty = expected[1] == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    assert not out[empty].any()
+    torch.testing.assert_close(out, expected[0], rtol=atol, atol=atol)
+    torch.testing.assert_close(lse, expected[1], rtol=atol, atol=atol)
+    for got, want in zip(gradients(out, lse, call), gradients(*expected, call), strict=True):
+        torch.testing.assert_close(got, want, rtol=atol, atol=atol)
+
+
+@settings(max_examples=40)
+@given(sizes, heads, weights, absences, st.booleans(), st.integers(0, 99))
+def test_reference_equals_loops(sizes: Any, heads: Any, weight: str, absent: float, causal: bool, seed: int) -> None:
+    problem = Problem(sizes, *heads, weight=weight, absent=absent, causal=causal, seed=seed)
+    call = tensors(problem)
+    compare(call, by_loops(call), "reference", 1e-12)
+
+
+@settings(max_examples=40)
+@given(sizes, heads, weights, absences, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_reference_with_a_weight_per_chunk_of_queries_equals_loops(
+    sizes: Any, heads: Any, weight: str, absent: float, chunks: int, prefix: bool, causal: bool, seed: int
+) -> None:
+    problem = Problem(sizes, *heads, weight, absent, chunks, prefix, causal, seed)
+    call = tensors(problem)
+    compare(call, by_loops(call), "reference", 1e-12)
+
+
+@settings(max_examples=60)
+@given(sizes, heads, weights, absences, st.integers(0, 99))
+def test_sdpa_equals_reference(sizes: Any, heads: Any, weight: str, absent: float, seed: int) -> None:
+    problem = Problem(sizes, *heads, weight=weight, absent=absent, seed=seed)
+    call = tensors(problem, torch.float32, dim=8)
+    expected = weighted_attention(**call, return_lse=True, backend="reference")
+    compare(call, expected, "sdpa", 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("through", ["out", "lse"])
+def test_gradients_flow_through_out_or_lse_alone(backend: str, through: str) -> None:
+    problem = Problem(((4, 5), (2, 7)), weight="per_head")
+    call, exact = tensors(problem, torch.float32, dim=8), tensors(problem, torch.float64, dim=8)
+    grads = []
+    for c, result in ((call, weighted_attention(**call, return_lse=True, backend=backend)), (exact, by_loops(exact))):
+        chosen = result[0] if through == "out" else result[1]
+        inputs = [c["q"], c["k"], c["v"], c["log_weight"]]
+        grads.append(torch.autograd.grad(chosen.square().sum(), inputs, allow_unused=True))
+    for got, want in zip(*grads, strict=True):
+        if want is None or got is None:
+            assert got is None or not got.any()
+            assert want is None or not want.any()
+        else:
+            torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_is_a_keyword(backend: str) -> None:
+    call = tensors(Problem(((4, 5), (2, 7))), torch.float32)
+    call["scale"] = 1.7
+    torch.testing.assert_close(weighted_attention(**call, backend=backend), by_loops(call)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_up_to_log_ten_million(backend: str, dtype: torch.dtype) -> None:
+    call = tensors(Problem(((3, 40),)), dtype, dim=16)
+    counts = torch.logspace(0, 7, 40, dtype=torch.float64).round()
+    call["log_weight"] = counts.log().float()
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in call.items()}
+    exact["log_weight"] = counts.log()
+    want, want_lse = by_loops(exact)
+    out, lse = weighted_attention(**call, return_lse=True, backend=backend)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)  # float32 at 16 resolves 1e-6
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_tell_counts_above_256_apart(backend: str, dtype: torch.dtype) -> None:
+    counts = torch.tensor([257.0, 300.0, 1.0, 5000.0, 5001.0])
+    q, k = torch.zeros(2, 1, 32, dtype=dtype), torch.zeros(5, 1, 32, dtype=dtype)
+    v = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bounds = cu_seqlens([2]), cu_seqlens([5])
+    out, lse = weighted_attention(q, k, v, counts.log(), *bounds, return_lse=True, backend=backend)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(lse, counts.sum().log().expand(2, 1), rtol=0, atol=1e-5)  # bf16 weights miss by 0.01
+    mean = (counts[:, None] * v[:, 0].float()).sum(0) / counts.sum()
+    torch.testing.assert_close(out[0, 0].float(), mean, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_without_keys_or_queries(backend: str) -> None:
+    for sizes in ((), ((0, 0),), ((3, 0),), ((0, 3),), ((2, 0), (0, 2)), ((2, 3), (4, 0), (0, 5), (1, 1))):
+        call = tensors(Problem(sizes), torch.float32)
+        out, lse = weighted_attention(**call, return_lse=True, backend=backend)
+        keyless = torch.cat([torch.full((n_q,), n_k == 0) for n_q, n_k in sizes] or [torch.zeros(0, dtype=torch.bool)])
+        assert torch.equal((lse == -torch.inf).all(1), keyless)
+        assert not out[keyless].any()
+        grads = torch.autograd.grad(out.sum(), [call["q"], call["k"], call["v"], call["log_weight"]])
+        assert all(torch.isfinite(g).all() for g in grads)
+        assert not grads[0][keyless].any()
+
+
+def nan_run(call: dict[str, Any], backend: str) -> list[Tensor]:
+    out, lse = weighted_attention(**call, return_lse=True, backend=backend)
+    return [out.detach(), lse.detach(), *gradients(out, lse, call)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight", ["none", "shared", "per_head"])
+def test_a_nan_row_reaches_only_its_own_sample(backend: str, weight: str) -> None:
+    problem = Problem(((3, 4), (2, 6), (4, 5)), weight=weight)
+    clean = nan_run(tensors(problem, torch.float32, dim=8), backend)
+    for name in ("k", "v", "q"):
+        call = tensors(problem, torch.float32, dim=8)
+        row = 3 if name == "q" else 6  # in the second sample
+        with torch.no_grad():
+            call[name][row] = torch.nan
+        got = nan_run(call, backend)
+        assert torch.isnan(got[0][3]).all()
+        if name != "q":
+            assert torch.isnan(got[0][3:5]).all()
+        queries, keys = torch.ones(9, dtype=torch.bool), torch.ones(15, dtype=torch.bool)
+        queries[3:5], keys[4:10] = False, False
+        for x, y in zip(got, clean, strict=True):
+            others = queries if x.shape[0] == 9 else keys
+            assert torch.equal(x[others], y[others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight", ["shared", "per_head"])
+def test_a_nan_row_of_weight_minus_infinity_reaches_nothing(backend: str, weight: str) -> None:
+    problem = Problem(((3, 4), (2, 6)), weight=weight)
+    runs = []
+    for value in (0.0, torch.nan):
+        call = tensors(problem, torch.float32, dim=8)
+        with torch.no_grad():
+            call["log_weight"][6] = -torch.inf
+            call["k"][6] = call["v"][6] = value
+        runs.append(nan_run(call, backend))
+    assert all(torch.isfinite(x).all() for x in runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_rows_no_chunk_sees_reach_nothing() -> None:
+    call = tensors(Problem(((3, 4), (2, 6)), chunks=2))
+    call["k_visible"] = torch.tensor([1, 3], dtype=torch.int32)
+    with torch.no_grad():
+        call["k"][[3, 7]] = call["v"][[3, 7]] = torch.nan  # the fourth key of each sample
+    assert all(torch.isfinite(x).all() for x in nan_run(call, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_backward_repeat_bit_for_bit(backend: str) -> None:
+    problem = Problem(((30, 40), (5, 33), (17, 64)), weight="per_head")
+    runs = [nan_run(tensors(problem, torch.float32, dim=16), backend) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_values_may_be_wider_than_keys() -> None:
+    call = tensors(Problem(((3, 4), (2, 6))))
+    call["v"] = torch.arange(140.0, dtype=torch.float64).sin().view(10, 2, 7).requires_grad_()
+    compare(call, by_loops(call), "reference", 1e-12)
+    torch.testing.assert_close(weighted_attention(**call), by_loops(call)[0], rtol=0, atol=1e-12)
+
+
+def chosen(requested: str | None, **changes: Any) -> Any:
+    options: dict[str, Any] = {"dtype": torch.float32, "head_dim": 8, "value_dim": 8}
+    options |= {"device": torch.device("cpu"), "per_query_weights": False, "causal": False}
+    return choose(requested, **(options | changes))
+
+
+def test_the_choice_of_backend_says_why() -> None:
+    assert chosen(None).name == "sdpa"
+    assert "torch.float32" in chosen(None).reason
+    assert chosen("reference") == type(chosen(None))("reference", "as requested")
+    for changes, why in (
+        ({"dtype": torch.float64}, "float64"),
+        ({"causal": True}, "causal"),
+        ({"per_query_weights": True}, "per-query"),
+        ({"value_dim": 9}, "8 and 9"),
+    ):
+        assert chosen(None, **changes).name == "reference"
+        assert why in chosen(None, **changes).reason
+        with pytest.raises(ValueError, match="backend 'sdpa'"):
+            chosen("sdpa", **changes)
+    with pytest.raises(ValueError, match="runs on CUDA"):
+        chosen("flex")
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        chosen("fast")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"q": torch.zeros(5, 8)}, "q is torch.float32 of shape (5, 8)"),
+        ({"q": torch.zeros(5, 3, 4)}, "q has 3 heads and k 2"),
+        ({"k": torch.zeros(10, 2, 5)}, "q and k share head_dim"),
+        ({"v": torch.zeros(9, 2, 4)}, "k and v rows and heads"),
+        ({"cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32)}, "bounds 1 samples, cu_seqlens_k 2"),
+        ({"log_weight": torch.zeros(9)}, "log_weight has shape (9,); pass (K,) or (K, H), K = 10, H = 2"),
+        ({"log_weight": torch.zeros(10, dtype=torch.bfloat16)}, "bf16 cannot tell counts above 256 apart"),
+        ({"q_chunk": torch.zeros(4, dtype=torch.int64), "log_weight": torch.zeros(1, 10)}, "one chunk per query"),
+        ({"k_visible": torch.zeros(1, dtype=torch.int32)}, "k_visible is given without q_chunk"),
+        ({"causal": True}, "cu_seqlens_q and cu_seqlens_k differ"),
+    ],
+)
+def test_what_disagrees_is_named(change: dict[str, Any], match: str) -> None:
+    call = tensors(Problem(((3, 4), (2, 6))), torch.float32)
+    with pytest.raises(ValueError) as error:
+        weighted_attention(**(call | change))
+    assert match in str(error.value)
+
+
+def test_lse_is_in_natural_units() -> None:
+    q, k, v = torch.zeros(1, 1, 4), torch.zeros(3, 1, 4), torch.ones(3, 1, 4)
+    _, lse = weighted_attention(q, k, v, None, cu_seqlens([1]), cu_seqlens([3]), return_lse=True)
+    assert float(lse) == pytest.approx(math.log(3), abs=1e-6)

@@ -1,0 +1,128 @@
+"""Row collectives on gloo ranks: what arrives, what flows back, in which order, and what is counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ta_plugin import SSPGroup
+from ta_plugin.parallel import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+
+SENDS = {  # SENDS[ranks][source][destination]
+    2: [[2, 3], [0, 1]],
+    4: [[0, 1, 2, 3], [4, 0, 0, 1], [0, 0, 0, 0], [2, 2, 0, 5]],
+}
+ROWS = {2: [3, 0], 4: [2, 0, 5, 1]}
+EVEN = {2: [2, 2], 4: [2, 2, 2, 2]}
+
+
+def random_rows(rows: int, seed: int) -> Tensor:
+    return torch.randn(rows, 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def check_all_to_all(sends: list[list[int]]) -> None:
+    group = SSPGroup(dist.group.WORLD)
+    me, n = group.rank, group.size
+    everyone = [random_rows(sum(sends[r]), r).requires_grad_() for r in range(n)]
+    pieces = [x.split(send) for x, send in zip(everyone, sends, strict=True)]
+    expected = [torch.cat([pieces[source][to] for source in range(n)]) for to in range(n)]
+    weights = [random_rows(e.shape[0], 100 + r) for r, e in enumerate(expected)]
+    sum((e.square() * w).sum() for e, w in zip(expected, weights, strict=True)).backward()  # type: ignore[union-attr]
+
+    x = everyone[me].detach().requires_grad_()
+    receive = [sends[source][me] for source in range(n)]
+    out = all_to_all_rows(x, sends[me], receive, group, "test")
+    assert torch.equal(out, expected[me])
+    (grad,) = torch.autograd.grad((out.square() * weights[me]).sum(), x, create_graph=True)
+    assert torch.equal(grad, everyone[me].grad)
+    away, back = sum(sends[me]) - sends[me][me], sum(receive) - receive[me]
+    assert group.traffic.elements["test"] == away * 6
+    assert group.traffic.bytes["test"] == away * 48
+    assert group.traffic.elements["test.grad"] == back * 6
+    grad.sum().backward()  # of second order: a sum over every rank's 2 * weight
+    (second,) = torch.autograd.grad(
+        sum((2 * e * w).sum() for e, w in zip(expected, weights, strict=True)), everyone[me]
+    )
+    assert torch.equal(x.grad, second)
+
+
+def check_gather_and_scatter(rows: list[int]) -> None:
+    group = SSPGroup(dist.group.WORLD)
+    me, n, total = group.rank, group.size, sum(rows)
+    parts = [random_rows(r, i) for i, r in enumerate(rows)]
+    weights = [random_rows(total, 100 + r) for r in range(n)]
+    mine = slice(sum(rows[:me]), sum(rows[: me + 1]))
+
+    x = parts[me].clone().requires_grad_()
+    gathered = all_gather_rows(x, rows, group, "gather")
+    assert torch.equal(gathered, torch.cat(parts))
+    (gathered * weights[me]).sum().backward()
+    torch.testing.assert_close(x.grad, sum(weights)[mine], rtol=0, atol=1e-12)  # type: ignore[index]
+
+    y = weights[me].clone().requires_grad_()
+    scattered = reduce_scatter_rows(y, rows, group, "scatter")
+    torch.testing.assert_close(scattered, sum(weights)[mine], rtol=0, atol=1e-12)  # type: ignore[index]
+    (scattered * parts[me]).sum().backward()
+    assert torch.equal(y.grad, torch.cat(parts))
+
+    away = total - rows[me]
+    assert group.traffic.elements["gather"] == (n - 1) * rows[me] * 6
+    assert group.traffic.elements["scatter"] == away * 6
+    assert group.traffic.elements["gather.grad"] == away * 6
+    assert group.traffic.elements["scatter.grad"] == (n - 1) * rows[me] * 6
+
+
+def sums_in_rank_order() -> list[Tensor]:
+    """float32 sums whose value depends on the order of addition."""
+    group = SSPGroup(dist.group.WORLD)
+    rows = [50] * group.size
+    x = random_rows(sum(rows), group.rank).float() * 10.0 ** (4 * group.rank)
+    return [reduce_scatter_rows(x, rows, group, "sum") for _ in range(3)]
+
+
+def integers_travel() -> None:
+    group = SSPGroup(dist.group.WORLD)
+    ids = torch.full((group.size,), 2**62 + group.rank)
+    out = all_to_all_rows(ids, [1] * group.size, [1] * group.size, group, "ids")
+    assert out.tolist() == [2**62 + r for r in range(group.size)]
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_to_all_moves_rows_and_gradients(rank_pools: Any, ranks: int) -> None:
+    rank_pools(ranks).run(check_all_to_all, SENDS[ranks])
+    rank_pools(ranks).run(check_all_to_all, [[0] * ranks] * ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_gather_and_reduce_scatter_are_each_others_transpose(rank_pools: Any, ranks: int) -> None:
+    for rows in (ROWS[ranks], EVEN[ranks], [0] * ranks):
+        rank_pools(ranks).run(check_gather_and_scatter, rows)
+
+
+def test_sums_over_ranks_are_taken_in_rank_order(rank_pools: Any) -> None:
+    parts = [random_rows(200, r).float() * 10.0 ** (4 * r) for r in range(4)]
+    expected = parts[0] + parts[1] + parts[2] + parts[3]
+    backwards = parts[3] + parts[2] + parts[1] + parts[0]
+    assert not torch.equal(expected, backwards)  # the order shows
+    for rank, results in enumerate(rank_pools(4).run(sums_in_rank_order)):
+        assert all(torch.equal(r, expected[50 * rank : 50 * rank + 50]) for r in results)
+
+
+def test_integers_arrive_whole(rank_pools: Any) -> None:
+    rank_pools(2).run(integers_travel)
+
+
+def test_one_rank_passes_through_and_sends_nothing() -> None:
+    group, x = SSPGroup(None), torch.ones(2, 3, requires_grad=True)
+    outs = [
+        all_to_all_rows(x, [2], [2], group, "x"),
+        all_gather_rows(x, [2], group, "x"),
+        reduce_scatter_rows(x, [2], group, "x"),
+    ]
+    assert all(out is x for out in outs)
+    assert group.traffic.total_bytes() == 0

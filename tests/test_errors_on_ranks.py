@@ -1,0 +1,191 @@
+"""What is wrong on one rank raises the same ValueError on every rank, within seconds, and the group stays usable."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ta_plugin import TokenizedAttention, create_ssp_group
+
+RANKS, CULPRIT = 4, 2
+BATCH, LENGTH, TARGETS, VOCAB, EMBED, HEADS = 2, 5, 3, 50, 8, 2
+LIMIT_S = 10
+
+
+def attention(strategy: str, **options: Any) -> TokenizedAttention:
+    torch.manual_seed(0)
+    maps = {name: nn.Linear(EMBED, EMBED) for name in ("query", "key", "value")}
+    return TokenizedAttention(
+        BATCH, LENGTH, RANKS, nn.Embedding(VOCAB, EMBED), vocab_size=VOCAB, num_heads=HEADS, strategy=strategy,
+        **(maps | options),
+    )  # fmt: skip
+
+
+def good_batch() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return {
+        "tokens": torch.randint(0, 4, (BATCH, LENGTH), generator=generator),
+        "lengths": torch.tensor([LENGTH, 3]),
+        "targets": torch.randint(0, VOCAB, (BATCH, TARGETS), generator=generator),
+        "bias": torch.zeros(BATCH, LENGTH),
+    }
+
+
+def spoil(batch: dict[str, Any], change: str) -> None:
+    at = {
+        "negative id": lambda: batch["tokens"].index_put_((torch.tensor(1), torch.tensor(2)), torch.tensor(-4)),
+        "large id": lambda: batch["tokens"].index_put_((torch.tensor(0), torch.tensor(4)), torch.tensor(VOCAB)),
+        "negative target": lambda: batch["targets"].index_put_((torch.tensor(1), torch.tensor(0)), torch.tensor(-1)),
+        "long length": lambda: batch.update(lengths=torch.tensor([2, LENGTH + 1])),
+        "negative length": lambda: batch.update(lengths=torch.tensor([-1, 2])),
+        "int32 tokens": lambda: batch.update(tokens=batch["tokens"].int()),
+        "int32 lengths": lambda: batch.update(lengths=batch["lengths"].int()),
+        "another B": lambda: batch.update({name: x[:1] for name, x in batch.items()}),
+        "another L": lambda: batch.update(tokens=batch["tokens"][:, :4], bias=batch["bias"][:, :4]),
+        "another B of targets": lambda: batch.update(targets=batch["targets"][:1]),
+        "no bias": lambda: batch.update(bias=None),
+        "no targets": lambda: batch.update(targets=None),
+        "one more argument": lambda: batch.update(value_term=torch.zeros(BATCH, LENGTH, HEADS, EMBED // HEADS)),
+        "bias per head": lambda: batch.update(bias=torch.zeros(BATCH, LENGTH, HEADS)),
+        "bias of another dtype": lambda: batch.update(bias=batch["bias"].double()),
+        "bias that learns": lambda: batch.update(bias=batch["bias"].requires_grad_()),
+        "bias of another shape": lambda: batch.update(bias=torch.zeros(BATCH, LENGTH + 1)),
+        "no tensor": lambda: batch.update(tokens=batch["tokens"].tolist()),
+        "cutoffs without targets": lambda: batch.update(targets=None, target_cutoffs=torch.zeros(2, 3).long()),
+        "multiplier under softmax": lambda: batch.update(multiplier=torch.ones(BATCH, LENGTH)),
+    }
+    at[change]()
+
+
+MESSAGES = {  # argument, value and remedy
+    "negative id": ["rank 2 of 4: ", "tokens[1, 2] is -4", "exclude padding with lengths"],
+    "large id": ["rank 2 of 4: ", "tokens[0, 4] is 50", "vocab_size is 50", "must lie below it"],
+    "negative target": ["rank 2 of 4: ", "targets[1, 0] is -1", "ids are 0 or larger"],
+    "long length": ["rank 2 of 4: ", "lengths[1] is 6", "must lie in [0, 5]"],
+    "negative length": ["rank 2 of 4: ", "lengths[0] is -1", "must lie in [0, 5]"],
+    "int32 tokens": ["rank 2 of 4: ", "tokens is torch.int32", "`tokens.long()`"],
+    "int32 lengths": ["rank 2 of 4: ", "lengths is torch.int32", "pass int64"],
+    "another B": ["rank 2 of 4: ", "tokens has shape (1, 5)", "(2, 5)", "samples of length 0"],
+    "another L": ["rank 2 of 4: ", "tokens has shape (2, 4)", "(2, 5)"],
+    "another B of targets": ["rank 2 of 4: ", "targets are for 1 samples, tokens for 2", "one row per sample"],
+    "no bias": ["bias differs between rank 0 and rank 2", "pass the same on every rank"],
+    "no targets": ["targets differs between rank 0 and rank 2", "pass the same on every rank"],
+    "one more argument": ["value_term differs between rank 0 and rank 2", "pass the same on every rank"],
+    "bias per head": ["bias differs between rank 0 and rank 2", "width"],
+    "bias of another dtype": ["bias differs between rank 0 and rank 2", "dtype"],
+    "bias that learns": ["bias differs between rank 0 and rank 2", "requires_grad"],
+    "bias of another shape": ["rank 2 of 4: ", "bias is torch.float32 of shape (2, 6)", "pass floating"],
+    "no tensor": ["rank 2 of 4: "],
+    "cutoffs without targets": ["rank 2 of 4: ", "target_cutoffs is given without targets", "pass targets"],
+    "multiplier under softmax": ["rank 2 of 4: ", "multiplier is given with normaliser='softmax'", "as bias"],
+}
+
+
+def failure_of(call: Any) -> str:
+    """The message of the ValueError that call() raises, in time."""
+    start = time.monotonic()
+    try:
+        call()
+    except ValueError as error:
+        assert time.monotonic() - start < LIMIT_S
+        return str(error)
+    raise AssertionError("no ValueError")
+
+
+def still_works(model: TokenizedAttention) -> None:
+    out = model(**good_batch())
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert float(total) == RANKS
+
+
+def bad_batches(strategy: str, changes: list[str]) -> list[str]:
+    model, messages = attention(strategy), []
+    for change in changes:
+        batch = good_batch()
+        if dist.get_rank() == CULPRIT:
+            spoil(batch, change)
+        messages.append(failure_of(lambda batch=batch: model(**batch)))
+        still_works(model)
+    return messages
+
+
+def bad_construction(change: dict[str, int]) -> str:
+    sizes = {"batch_size": BATCH, "sequence_length": LENGTH, "nranks": RANKS}
+    if dist.get_rank() == CULPRIT:
+        sizes |= change
+    message = failure_of(lambda: TokenizedAttention(**sizes, embedding_fn=nn.Embedding(VOCAB, EMBED)))
+    still_works(attention("gather"))
+    return message
+
+
+def wrong_size_everywhere() -> str:
+    group = create_ssp_group(2)
+    message = failure_of(lambda: TokenizedAttention(BATCH, LENGTH, 4, nn.Embedding(VOCAB, EMBED), group=group))
+    return message
+
+
+def bad_embed() -> str:
+    model = attention("gather")
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    ids[0, 1] = -7 if dist.get_rank() == CULPRIT else 7
+    message = failure_of(lambda: model.embed(ids))
+    still_works(model)
+    return message
+
+
+@pytest.mark.parametrize("strategy", ["gather", "owner"])
+def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy: str) -> None:
+    by_rank = rank_pools(RANKS).run(bad_batches, strategy, list(MESSAGES))
+    for change, *messages in zip(MESSAGES, *by_rank, strict=True):
+        assert len(set(messages)) == 1, (change, messages)
+        for fragment in MESSAGES[change]:
+            assert fragment in messages[0], (change, messages[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        ({"nranks": 2}, ["rank 2 of 4: ", "nranks is 2, but the group has 4 rank(s)", "pass nranks=4"]),
+        ({"batch_size": 3}, ["batch_size is 2 on rank 0 but 3 on rank 2", "pass the same"]),
+        ({"sequence_length": 9}, ["sequence_length is 5 on rank 0 but 9 on rank 2", "pass the same"]),
+    ],
+)
+def test_sizes_that_differ_at_construction_raise_on_every_rank(
+    rank_pools: Any, change: dict[str, int], fragments: list[str]
+) -> None:
+    messages = rank_pools(RANKS).run(bad_construction, change)
+    assert len(set(messages)) == 1
+    assert all(fragment in messages[0] for fragment in fragments), messages[0]
+
+
+def test_a_group_of_another_size_is_refused(rank_pools: Any) -> None:
+    for message in rank_pools(RANKS).run(wrong_size_everywhere):
+        assert "nranks is 4, but the group has 2 rank(s); pass nranks=2" in message
+
+
+def test_bad_ids_to_embed_raise_on_every_rank(rank_pools: Any) -> None:
+    messages = rank_pools(RANKS).run(bad_embed)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank 2 of 4: ids[0, 1] is -7")
+
+
+def test_without_torch_distributed_several_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"nranks is 4, but the group has 1.*initialise torch.distributed"):
+        attention("gather")
+
+
+def test_what_owner_cannot_do_is_refused() -> None:
+    model = TokenizedAttention(BATCH, LENGTH, 1, nn.Embedding(VOCAB, EMBED), strategy="owner")
+    tokens, lengths = torch.zeros(BATCH, LENGTH, dtype=torch.int64), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="as many queries as keys; pass strategy='gather' or 'auto'"):
+        model(tokens, lengths)
+    with pytest.raises(ValueError, match="strategy is 'ring'; choose one of"):
+        TokenizedAttention(BATCH, LENGTH, 1, nn.Embedding(VOCAB, EMBED), strategy="ring")
