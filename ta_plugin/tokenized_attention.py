@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
-from ta_plugin.checks import check_cutoffs, check_lengths, check_queries, check_side, check_tokens
+from ta_plugin.checks import check_tokens
 from ta_plugin.embedding import EmbeddingFn, vocab_size_of
+from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement
 from ta_plugin.ops import expand
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.strategies import (
@@ -36,7 +36,6 @@ from ta_plugin.strategies.request import Encoder
 from ta_plugin.unique_space import UniqueSpace
 
 _STRATEGIES = ("auto", "gather", "owner", "positions")
-_OPTIONAL = ("targets", "queries", "target_lengths", "target_cutoffs", "bias", "value_term", "multiplier", "encode")
 
 
 class TokenizedAttention(nn.Module):
@@ -130,9 +129,10 @@ class TokenizedAttention(nn.Module):
 
         Collective over the group, forward and backward. What is wrong on one rank raises the same ValueError on every rank.
         """
-        given = (targets, queries, target_lengths, target_cutoffs, bias, value_term, multiplier)
-        request, strategy = self._read(tokens, lengths, *given, encode)
-        attend = owner if strategy == "owner" else gather
+        sides = (bias, value_term, multiplier)
+        inputs = Inputs(tokens, lengths, targets, queries, target_lengths, target_cutoffs, *sides, encode)
+        request, strategy = self._read(inputs)  # RFC steps 1 to 3
+        attend = owner if strategy == "owner" else gather  # steps 4 and 5, and what follows them
         rows = attend(request, self._parts()).flatten(1)
         rows = rows if self.output is None else self.output(rows)
         return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
@@ -206,47 +206,29 @@ class TokenizedAttention(nn.Module):
                         f"{name} is {first} on rank 0 but {mine} on rank {rank}; pass the same on every rank"
                     )
 
-    def _read(
-        self,
-        tokens: Tensor,
-        lengths: Tensor,
-        targets: Tensor | None,
-        queries: Tensor | None,
-        target_lengths: Tensor | None,
-        cutoffs: Tensor | None,
-        bias: Tensor | None,
-        value_term: Tensor | None,
-        multiplier: Tensor | None,
-        encode: Encoder | None,
-    ) -> tuple[Request, str]:
+    def _read(self, inputs: Inputs) -> tuple[Request, str]:
         """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
-        given = (targets, queries, target_lengths, cutoffs, bias, value_term, multiplier, encode)
+        kinds, sizes, space, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, None, Sides()
         error: Exception | None = None
-        options, sizes, space, slots, sides = [0] * len(given), [0] * 5, None, None, Sides()
         try:
-            check_tokens("tokens", tokens, self.group.device, self.vocab_size, lengths, self._shape())
-            slots = self._check_targets(tokens, targets, queries, target_lengths, cutoffs)
-            heads, kv_heads = self.projections.num_heads, self.projections.num_kv_heads
-            check_side("bias", bias, tokens, {heads})
-            check_side("multiplier", multiplier, tokens, {heads})
-            check_side("value_term", value_term, tokens, {heads, kv_heads}, trailing=1)
-            positions = self.strategy == "positions"
-            space = (UniqueSpace.of_occurrences if positions else UniqueSpace.from_padded)(tokens, lengths)
-            sides = Sides.pack(space, bias, value_term, multiplier)
+            heads = self.projections.num_heads, self.projections.num_kv_heads
+            inputs.check((self.batch_size, self.sequence_length), self.group.device, self.vocab_size, *heads)
+            targets = inputs.packed_targets()
+            if targets is None and self.include_self:
+                raise ValueError(
+                    "include_self is set, but no targets are given; in self-attention a token sees itself anyway"
+                )
+            build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
+            space = build(inputs.tokens, inputs.lengths)
+            sides = Sides.pack(space, inputs.bias, inputs.value_term, inputs.multiplier)
             sides.check(self.scoring.normaliser)
-            options, sizes = [_kind(x) for x in given], self._sizes(space, slots)
+            kinds, sizes = inputs.kinds(), self._sizes(space, targets)
         except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
             error = failure
-        headers = exchange_header(self.group, [*options, *sizes], error)
-        for rank, header in enumerate(headers):
-            for name, kind, first in zip(_OPTIONAL, header, headers[0], strict=False):
-                if kind != first:
-                    raise ValueError(
-                        f"{name} differs between rank 0 and rank {rank}: given on one only, or of another dtype, width or "
-                        "requires_grad; pass the same on every rank"
-                    )
+        headers = exchange_header(self.group, [*kinds, *sizes], error)
+        check_agreement([header[: len(OPTIONAL)] for header in headers])
+        by_rank = [header[len(OPTIONAL) :] for header in headers]
         assert space is not None
-        by_rank = [header[len(options) :] for header in headers]
         request = Request(
             space,
             sides,
@@ -255,49 +237,14 @@ class TokenizedAttention(nn.Module):
             target_width=max(s[4] for s in by_rank),
             sequence_length=self.sequence_length,
             any_repeats=any(s[0] != s[1] for s in by_rank),
-            targets=slots,
-            target_ids=targets,
-            queries=queries,
-            cutoffs=cutoffs,
-            encode=encode,
+            targets=targets,
+            target_ids=inputs.targets,
+            queries=inputs.queries,
+            cutoffs=inputs.target_cutoffs,
+            encode=inputs.encode,
             deduplicate=self.strategy != "positions",
         )
-        return request, self._strategy(by_rank, slots is not None, encode is not None)
-
-    def _check_targets(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None,
-        queries: Tensor | None,
-        lengths: Tensor | None,
-        cutoffs: Tensor | None,
-    ) -> PackedTargets | None:
-        if targets is not None and queries is not None:
-            raise ValueError("targets and queries are both given; pass ids or their embeddings, not both")
-        grid = targets if targets is not None else queries
-        if grid is None:
-            for name, x in (("target_lengths", lengths), ("target_cutoffs", cutoffs)):
-                if x is not None:
-                    raise ValueError(f"{name} is given without targets; pass targets (B, T) or queries (B, T, E)")
-            if self.include_self:
-                raise ValueError(
-                    "include_self is set without targets; in self-attention every token sees itself already"
-                )
-            return None
-        if queries is not None:
-            check_queries(queries, tokens)
-        check_lengths("target_lengths", lengths, grid.shape[0], grid.shape[1], tokens.device)
-        if targets is not None:
-            check_tokens("targets", targets, self.group.device, self.vocab_size, lengths)
-        if grid.shape[0] != tokens.shape[0]:
-            raise ValueError(
-                f"targets are for {grid.shape[0]} samples, tokens for {tokens.shape[0]}; pass one row per sample"
-            )
-        check_cutoffs(cutoffs, grid, tokens)
-        return PackedTargets.of(grid.shape[0], grid.shape[1], lengths, tokens.device)
-
-    def _shape(self) -> tuple[int, int]:
-        return self.batch_size, self.sequence_length
+        return request, self._choose(by_rank, targets is not None, inputs.encode is not None)
 
     def _sizes(self, space: UniqueSpace, slots: PackedTargets | None) -> list[int]:
         """What a rank announces: rows U, occurrences M, queries Q, distinct ids I, width T."""
@@ -306,7 +253,7 @@ class TokenizedAttention(nn.Module):
             return [space.num_rows, space.num_occurrences, space.num_rows, ids, 0]
         return [space.num_rows, space.num_occurrences, slots.slots.numel(), ids, slots.width]
 
-    def _strategy(self, by_rank: list[list[int]], has_targets: bool, encoded: bool) -> str:
+    def _choose(self, by_rank: list[list[int]], has_targets: bool, encoded: bool) -> str:
         only_gather = None
         if not has_targets:
             only_gather = "self-attention has as many queries as keys"
@@ -344,11 +291,3 @@ class TokenizedAttention(nn.Module):
     def _width_of_one_row(self) -> int:
         with torch.no_grad():
             return self.embedding_fn(torch.empty(0, dtype=torch.int64, device=self.group.device)).shape[1]
-
-
-def _kind(argument: Any) -> int:
-    """What ranks must agree on for an optional argument, as a number: 0 for None, else dtype, shape past (B, L) and gradient."""
-    if not isinstance(argument, Tensor):
-        return int(argument is not None)
-    flows = argument.requires_grad and torch.is_grad_enabled()
-    return 2 + zlib.crc32(repr((argument.dtype, tuple(argument.shape[2:]), flows)).encode())

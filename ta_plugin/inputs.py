@@ -1,0 +1,90 @@
+"""What one call of TokenizedAttention is given, and what must hold of it on this rank and between ranks."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ta_plugin.attention.layers import PackedTargets
+from ta_plugin.checks import check_cutoffs, check_lengths, check_queries, check_side, check_tokens
+from ta_plugin.strategies.request import Encoder
+
+OPTIONAL = ("targets", "queries", "target_lengths", "target_cutoffs", "bias", "value_term", "multiplier", "encode")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of `TokenizedAttention.forward`, by its names."""
+
+    tokens: Tensor
+    lengths: Tensor
+    targets: Tensor | None = None
+    queries: Tensor | None = None
+    target_lengths: Tensor | None = None
+    target_cutoffs: Tensor | None = None
+    bias: Tensor | None = None
+    value_term: Tensor | None = None
+    multiplier: Tensor | None = None
+    encode: Encoder | None = None
+
+    def check(
+        self, shape: tuple[int, int], device: torch.device, vocab_size: int | None, num_heads: int, num_kv_heads: int
+    ) -> None:
+        """Raise ValueError for what is wrong with this rank's arguments."""
+        check_tokens("tokens", self.tokens, device, vocab_size, self.lengths, shape)
+        self._check_targets(device, vocab_size)
+        check_side("bias", self.bias, self.tokens, {num_heads})
+        check_side("multiplier", self.multiplier, self.tokens, {num_heads})
+        check_side("value_term", self.value_term, self.tokens, {num_heads, num_kv_heads}, trailing=1)
+
+    def packed_targets(self) -> PackedTargets | None:
+        """The valid target slots, or None in self-attention."""
+        grid = self.targets if self.targets is not None else self.queries
+        if grid is None:
+            return None
+        return PackedTargets.of(grid.shape[0], grid.shape[1], self.target_lengths, grid.device)
+
+    def kinds(self) -> list[int]:
+        """For each optional argument a number that ranks must agree on: 0 for None, else of dtype, width and gradient."""
+        return [_kind(getattr(self, name)) for name in OPTIONAL]
+
+    def _check_targets(self, device: torch.device, vocab_size: int | None) -> None:
+        if self.targets is not None and self.queries is not None:
+            raise ValueError("targets and queries are both given; pass ids or their embeddings, not both")
+        grid = self.targets if self.targets is not None else self.queries
+        if grid is None:
+            for name in ("target_lengths", "target_cutoffs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is given without targets; pass targets (B, T) or queries (B, T, E)")
+            return
+        if self.queries is not None:
+            check_queries(self.queries, self.tokens)
+        check_lengths("target_lengths", self.target_lengths, grid.shape[0], grid.shape[1], self.tokens.device)
+        if self.targets is not None:
+            check_tokens("targets", self.targets, device, vocab_size, self.target_lengths)
+        samples = self.tokens.shape[0]
+        if grid.shape[0] != samples:
+            raise ValueError(f"targets are for {grid.shape[0]} samples, tokens for {samples}; pass one row per sample")
+        check_cutoffs(self.target_cutoffs, grid, self.tokens)
+
+
+def check_agreement(kinds: list[list[int]]) -> None:
+    """Raise ValueError, on every rank alike, when the ranks' `Inputs.kinds` differ."""
+    for rank, theirs in enumerate(kinds):
+        for name, kind, first in zip(OPTIONAL, theirs, kinds[0], strict=True):
+            if kind != first:
+                raise ValueError(
+                    f"{name} differs between rank 0 and rank {rank}: given on one only, or of another dtype, width or "
+                    "requires_grad; pass the same on every rank"
+                )
+
+
+def _kind(argument: Any) -> int:
+    if not isinstance(argument, Tensor):
+        return int(argument is not None)
+    flows = argument.requires_grad and torch.is_grad_enabled()
+    return 2 + zlib.crc32(repr((argument.dtype, tuple(argument.shape[2:]), flows)).encode())
