@@ -57,7 +57,7 @@ class TokenizedAttention(nn.Module):
                    occurrence, each fetching its own row, for comparison
     rates:         what the cost model assumes of network and device
 
-    Constructing is collective over the group: ranks that disagree on batch_size, sequence_length or nranks all raise here.
+    Constructing is collective over the group: ranks that disagree on sizes, heads, strategy or nranks all raise here.
     """
 
     def __init__(
@@ -85,8 +85,6 @@ class TokenizedAttention(nn.Module):
         rates: Rates | None = None,
     ) -> None:
         super().__init__()
-        if strategy not in _STRATEGIES:
-            raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
         if group is None and dist.is_initialized() and nranks > 1:
             group = dist.group.WORLD
         self.group = SSPGroup.wrap(group)
@@ -95,11 +93,20 @@ class TokenizedAttention(nn.Module):
         self.vocab_size = vocab_size if vocab_size is not None else vocab_size_of(embedding_fn)
         self.strategy, self.include_self, self.rates = strategy, include_self, rates
         self.embedding_fn = embedding_fn
-        self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
         self.score = score  # registers its parameters
         self.output = output
-        self.scoring = Scoring(scale=scale, score=score, normaliser=normaliser, activation=activation, backend=backend)
-        self._agree_on_sizes(nranks)
+        error: ValueError | None = None
+        try:
+            self._check_ranks(nranks)
+            if strategy not in _STRATEGIES:
+                raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
+            self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
+            self.scoring = Scoring(
+                scale=scale, score=score, normaliser=normaliser, activation=activation, backend=backend
+            )
+        except ValueError as failure:  # the other ranks of the group must hear of it
+            error = failure
+        self._agree(error)
 
     def forward(
         self,
@@ -178,7 +185,7 @@ class TokenizedAttention(nn.Module):
     def regroup(self, group: Any) -> None:
         """Move to another SSPGroup or process group, sizes checked again. Collective over it; the embedding is its own to move."""
         self.group = SSPGroup.wrap(group)
-        self._agree_on_sizes(self.group.size)
+        self._agree()
 
     def extra_repr(self) -> str:
         return f"batch_size={self.batch_size}, sequence_length={self.sequence_length}, strategy={self.strategy!r}, {self.group}"
@@ -186,24 +193,30 @@ class TokenizedAttention(nn.Module):
     def _parts(self) -> AttentionModules:
         return AttentionModules(self.group, self.embedding_fn, self.projections, self.scoring, self.include_self)
 
-    def _agree_on_sizes(self, nranks: int) -> None:
-        error = None
+    def _check_ranks(self, nranks: int) -> None:
         if nranks != self.group.size:
-            remedy = (
-                "initialise torch.distributed"
-                if self.group.group is None
-                else f"pass nranks={self.group.size} or a group"
-            )
-            error = ValueError(f"nranks is {nranks}, but the group has {self.group.size} rank(s); {remedy}")
-        headers = exchange_header(self.group, [self.batch_size, self.sequence_length, nranks], error)
-        for rank, (batch, length, _) in enumerate(headers):
-            for name, mine, first in (
-                ("batch_size", batch, headers[0][0]),
-                ("sequence_length", length, headers[0][1]),
-            ):
-                if mine != first:
+            alone = self.group.group is None
+            remedy = "initialise torch.distributed" if alone else f"pass nranks={self.group.size} or a group"
+            raise ValueError(f"nranks is {nranks}, but the group has {self.group.size} rank(s); {remedy}")
+
+    def _agree(self, error: ValueError | None = None) -> None:
+        """Raise on every rank if any found an error, or if they were constructed differently."""
+        mine: dict[str, int] = {"batch_size": self.batch_size, "sequence_length": self.sequence_length}
+        if error is None:
+            mine |= {
+                "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
+                "num_heads": self.projections.num_heads,
+                "num_kv_heads": self.projections.num_kv_heads,
+                "include_self": int(self.include_self),
+                "strategy": _STRATEGIES.index(self.strategy),
+            }
+        headers = exchange_header(self.group, list(mine.values()), error)
+        for rank, header in enumerate(headers):
+            for name, value, first in zip(mine, header, headers[0], strict=True):
+                if value != first:
+                    shown = [_STRATEGIES[x] if name == "strategy" else x for x in (first, value)]
                     raise ValueError(
-                        f"{name} is {first} on rank 0 but {mine} on rank {rank}; pass the same on every rank"
+                        f"{name} is {shown[0]} on rank 0 but {shown[1]} on rank {rank}; pass the same on every rank"
                     )
 
     def _read(self, inputs: Inputs) -> tuple[Request, str]:

@@ -117,8 +117,8 @@ def bad_batches(strategy: str, changes: list[str]) -> list[str]:
     return messages
 
 
-def bad_construction(change: dict[str, int]) -> str:
-    sizes = {"batch_size": BATCH, "sequence_length": LENGTH, "nranks": RANKS}
+def bad_construction(change: dict[str, Any]) -> str:
+    sizes: dict[str, Any] = {"batch_size": BATCH, "sequence_length": LENGTH, "nranks": RANKS}
     if dist.get_rank() == CULPRIT:
         sizes |= change
     message = failure_of(lambda: TokenizedAttention(**sizes, embedding_fn=nn.Embedding(VOCAB, EMBED)))
@@ -156,10 +156,15 @@ def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy:
         ({"nranks": 2}, ["rank 2 of 4: ", "nranks is 2, but the group has 4 rank(s)", "pass nranks=4"]),
         ({"batch_size": 3}, ["batch_size is 2 on rank 0 but 3 on rank 2", "pass the same"]),
         ({"sequence_length": 9}, ["sequence_length is 5 on rank 0 but 9 on rank 2", "pass the same"]),
+        ({"num_heads": 4}, ["num_heads is 1 on rank 0 but 4 on rank 2", "pass the same"]),
+        ({"vocab_size": 9}, ["vocab_size is 50 on rank 0 but 9 on rank 2", "pass the same"]),
+        ({"strategy": "owner"}, ["strategy is auto on rank 0 but owner on rank 2", "pass the same"]),
+        ({"strategy": "ring"}, ["rank 2 of 4: ", "strategy is 'ring'", "choose one of"]),
+        ({"num_heads": 2, "num_kv_heads": 3}, ["rank 2 of 4: ", "num_kv_heads is 3", "does not divide"]),
     ],
 )
 def test_sizes_that_differ_at_construction_raise_on_every_rank(
-    rank_pools: Any, change: dict[str, int], fragments: list[str]
+    rank_pools: Any, change: dict[str, Any], fragments: list[str]
 ) -> None:
     messages = rank_pools(RANKS).run(bad_construction, change)
     assert len(set(messages)) == 1

@@ -32,9 +32,13 @@ def is_state(node: ast.stmt, in_class: bool) -> bool:
     """Whether a statement that runs on import names something that can change, or a placeholder to be filled later."""
     if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
         return False
-    if ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target) == "__all__":
-        return False
+    name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
     value = node.value
+    table = (
+        name.isupper() and isinstance(value, ast.List | ast.Dict | ast.Set) and ast.unparse(value) not in ("[]", "{}")
+    )
+    if name == "__all__" or table:  # a filled table in capitals is a constant
+        return False
     if isinstance(value, ast.Call):
         return ast.unparse(value.func).split(".")[-1] in CONSTRUCTORS
     placeholder = (
@@ -64,10 +68,19 @@ def test_nothing_at_module_level_can_change(path: Path) -> None:
 
 
 def test_the_search_finds_what_it_looks_for() -> None:
-    state = ["A = None", "B: dict = {}", "if x:\n    C = defaultdict(list)", "class D:\n    e = []"]
+    state = [
+        "A = None",
+        "B: dict = {}",
+        "if x:\n    C = defaultdict(list)",
+        "class D:\n    e = []",
+        "F = {}",
+        "g = [1]",
+        "H = []",
+    ]
     fine = ["__all__ = []", "F = 3", "G = (1,)", "class H:\n    i: int | None = None", "def f():\n    g = []"]
-    assert [len(states(ast.parse(source).body)) for source in state] == [1] * 4
-    assert [states(ast.parse(source).body) for source in fine] == [[]] * 5
+    fine.append("TABLE = {'a': 1}")
+    assert [len(states(ast.parse(source).body)) for source in state] == [1] * len(state)
+    assert [states(ast.parse(source).body) for source in fine] == [[]] * len(fine)
 
 
 def test_the_core_loads_no_engine() -> None:

@@ -147,7 +147,7 @@ def test_one_rank_routes_to_itself(owners: str, seed: int, batch: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_rfc_steps_three_and_four(rank_pools: Any, ranks: int) -> None:
-    @settings(max_examples=6, phases=GENERATE)
+    @settings(max_examples=6, phases=GENERATE, report_multiple_bugs=False)
     @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(["hash", "permuted"]))
     def on_every_rank(seed: int, batch: int, owners: str) -> None:
         rank_pools(ranks).run(check_rfc_steps, seed, [batch] * ranks, owners)
@@ -161,7 +161,7 @@ def test_batch_sizes_may_differ_between_ranks(rank_pools: Any) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_occurrence_route_and_the_deduplicated_route_agree(rank_pools: Any, ranks: int) -> None:
-    @settings(max_examples=6, phases=GENERATE)
+    @settings(max_examples=6, phases=GENERATE, report_multiple_bugs=False)
     @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(["hash", "permuted"]))
     def on_every_rank(seed: int, batch: int, owners: str) -> None:
         rank_pools(ranks).run(check_both_routes, seed, batch, owners)
