@@ -167,7 +167,7 @@ def popularity_baseline(data: Interactions, part: Part) -> dict[str, float]:
 def _join(ssp: int) -> SSPGroup:
     if "RANK" not in os.environ:
         return SSPGroup(None)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # one GPU per process, or none
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if cuda else "gloo")
