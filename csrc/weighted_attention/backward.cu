@@ -1,0 +1,135 @@
+// Launches the backward pass: plan, rows, keys, and then either the conversion of dq's sums or its own kernel.
+#include "backward.cuh"
+#include "backward_dq.cuh"
+#include "launch.cuh"
+
+namespace weighted_attention {
+namespace {
+
+constexpr int kKeyTile = 128;
+
+// Hands out 256-byte aligned parts of the workspace; with no memory it only counts.
+struct Carver {
+  char* memory;
+  size_t used = 0;
+
+  void* take(size_t bytes) {
+    void* part = memory == nullptr ? nullptr : memory + used;
+    used += (bytes + 255) / 256 * 256;
+    return part;
+  }
+};
+
+struct Workspace {
+  Plan keys;
+  RowWorkspace rows;
+};
+
+Workspace carve(Carver& carver, const Problem& p, bool deterministic) {
+  Workspace w;
+  w.keys = Plan::at(carver.take(Plan::bytes(p.keys, p.samples, kKeyTile)), p.samples);
+  w.rows.plan = Plan::at(carver.take(Plan::bytes(p.queries, p.samples, kRowTile)), p.samples);
+  w.rows.max_tiles = Plan::max_tiles(p.queries, p.samples, kRowTile);
+  const size_t rows = size_t(w.rows.max_tiles) * kRowTile * p.heads;
+  w.rows.lse = static_cast<float*>(carver.take(rows * sizeof(float)));
+  w.rows.delta = static_cast<float*>(carver.take(rows * sizeof(float)));
+  w.rows.dq = deterministic ? nullptr : static_cast<float*>(carver.take(rows * p.head_dim * sizeof(float)));
+  return w;
+}
+
+template <class Shape, class Parameters, class... Maps>
+cudaError_t launch_shape(void (*kernel)(Maps...), int blocks, cudaStream_t stream, const CUtensorMap& q,
+                         const CUtensorMap& dout, const CUtensorMap& k, const CUtensorMap& v,
+                         const Parameters& parameters) {
+  const int bytes = sizeof(typename Shape::Shared);
+  TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  if (blocks > 0) kernel<<<blocks, Shape::kThreads, bytes, stream>>>(q, dout, k, v, parameters);
+  return cudaGetLastError();
+}
+
+template <class Shape>
+cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w, const CUtensorMap& k,
+                        const CUtensorMap& v, cudaStream_t stream) {
+  CUtensorMap q, dout;
+  TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
+  TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
+  const BackwardParameters parameters{
+      w.keys, w.rows, p.log_weight,    p.weight_stride_key, p.weight_stride_head, g.dk,
+      g.dv,   g.dlog_weight, p.heads, p.heads_kv,          p.scale};
+  const int blocks = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
+  return launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStream_t stream) {
+  Carver carver{static_cast<char*>(memory)};
+  const Workspace w = carve(carver, p, g.deterministic);
+  plan_kernel<<<2, kPlanThreads, 0, stream>>>(p.cu_seqlens_q, kRowTile, w.rows.plan, p.cu_seqlens_k, kKeyTile, w.keys,
+                                              p.samples);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+
+  if (p.queries > 0) {
+    const PrepareParameters prepare{w.rows, g.out,  g.dout.data, g.dout.stride_token, g.dout.stride_head,
+                                    g.lse,  g.dlse, p.heads};
+    prepare_rows_kernel<T, kHeadDim>
+        <<<dim3(w.rows.max_tiles, p.heads), kPrepareThreads, 0, stream>>>(prepare);
+    TA_RETURN_IF_ERROR(cudaGetLastError());
+  }
+
+  CUtensorMap k, v;
+  TA_RETURN_IF_ERROR(make_map(&k, p.type, p.k, p.keys, p.heads_kv, p.head_dim, kKeyTile));
+  TA_RETURN_IF_ERROR(make_map(&v, p.type, p.v, p.keys, p.heads_kv, p.head_dim, kKeyTile));
+  const bool weights = g.dlog_weight != nullptr;
+  if (p.keys > 0) {
+    if (g.deterministic) {
+      TA_RETURN_IF_ERROR(
+          weights ? (launch_keys<BackwardShape<T, kHeadDim, false, true>>(p, g, w, k, v, stream))
+                  : (launch_keys<BackwardShape<T, kHeadDim, false, false>>(p, g, w, k, v, stream)));
+    } else {
+      TA_RETURN_IF_ERROR(
+          weights ? (launch_keys<BackwardShape<T, kHeadDim, true, true>>(p, g, w, k, v, stream))
+                  : (launch_keys<BackwardShape<T, kHeadDim, true, false>>(p, g, w, k, v, stream)));
+    }
+  }
+  if (p.queries == 0) return cudaSuccess;
+
+  if (g.deterministic) {
+    using Shape = BackwardDqShape<T, kHeadDim>;
+    CUtensorMap q, dout;
+    TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
+    TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
+    const BackwardDqParameters parameters{
+        w.rows.plan, w.rows,  p.log_weight,         p.weight_stride_key, p.weight_stride_head,
+        g.dq,        p.heads, p.heads / p.heads_kv, p.scale};
+    return launch_shape<Shape>(backward_dq_kernel<Shape>, w.rows.max_tiles * p.heads, stream, q, dout, k, v,
+                               parameters);
+  }
+  constexpr int kQueries = BackwardShape<T, kHeadDim, true, false>::kQueries;
+  const FinishParameters finish{w.rows, g.dq, p.heads, p.scale};
+  finish_dq_kernel<T, kHeadDim, kQueries>
+      <<<dim3(w.rows.max_tiles * (kRowTile / kQueries), p.heads), 2 * kWarpgroup, 0, stream>>>(finish);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_type(const Problem& p, const Gradients& g, void* workspace, cudaStream_t stream) {
+  if (p.head_dim == 64) return launch<T, 64>(p, g, workspace, stream);
+  if (p.head_dim == 128) return launch<T, 128>(p, g, workspace, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+size_t backward_workspace_bytes(const Problem& p, bool deterministic) {
+  Carver counter{nullptr};
+  carve(counter, p, deterministic);
+  return counter.used;
+}
+
+cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cudaStream_t stream) {
+  if (p.samples == 0) return cudaSuccess;
+  return p.type == Type::kHalf ? launch_type<__half>(p, g, workspace, stream)
+                               : launch_type<__nv_bfloat16>(p, g, workspace, stream);
+}
+
+}  // namespace weighted_attention

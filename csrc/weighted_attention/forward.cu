@@ -1,0 +1,60 @@
+// Launches the forward pass.
+#include "forward.cuh"
+#include "launch.cuh"
+
+namespace weighted_attention {
+namespace {
+
+template <typename T, int kHeadDim>
+struct Choice;
+template <typename T>
+struct Choice<T, 64> {
+  using Shape = ForwardShape<T, 64, 3, 128>;
+};
+template <typename T>
+struct Choice<T, 128> {
+  using Shape = ForwardShape<T, 128, 2, 128>;
+};
+
+template <class Shape>
+cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
+  CUtensorMap map_q, map_k, map_v;
+  TA_RETURN_IF_ERROR(make_map(&map_q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
+  TA_RETURN_IF_ERROR(make_map(&map_k, p.type, p.k, p.keys, p.heads_kv, p.head_dim, Shape::kKeys));
+  TA_RETURN_IF_ERROR(make_map(&map_v, p.type, p.v, p.keys, p.heads_kv, p.head_dim, Shape::kKeys));
+  int blocks;
+  TA_RETURN_IF_ERROR(multiprocessors(&blocks));
+
+  const Plan plan = Plan::at(workspace, p.samples);
+  plan_kernel<<<1, kPlanThreads, 0, stream>>>(p.cu_seqlens_q, Shape::kQueries, plan, p.cu_seqlens_k, 1, plan,
+                                              p.samples);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+
+  const ForwardParameters parameters{plan, p.log_weight, p.weight_stride_key, p.weight_stride_head,
+                                     out,  lse,          p.heads,             p.heads / p.heads_kv,
+                                     p.scale};
+  const auto kernel = forward_kernel<Shape>;
+  const int bytes = sizeof(typename Shape::Shared);
+  TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<blocks, Shape::kThreads, bytes, stream>>>(map_q, map_k, map_v, parameters);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_type(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
+  if (p.head_dim == 64) return launch<typename Choice<T, 64>::Shape>(p, out, lse, workspace, stream);
+  if (p.head_dim == 128) return launch<typename Choice<T, 128>::Shape>(p, out, lse, workspace, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+size_t forward_workspace_bytes(const Problem& p) { return Plan::bytes(p.queries, p.samples, 64); }
+
+cudaError_t forward(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
+  if (p.queries == 0) return cudaSuccess;
+  return p.type == Type::kHalf ? launch_type<__half>(p, out, lse, workspace, stream)
+                               : launch_type<__nv_bfloat16>(p, out, lse, workspace, stream);
+}
+
+}  // namespace weighted_attention

@@ -1,0 +1,105 @@
+// Tiles in shared memory and fragments in registers: products, masks and stores that both passes share.
+#pragma once
+
+#include "wgmma.cuh"
+
+namespace weighted_attention {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kWarpgroup = 128;
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+__device__ __forceinline__ float plus_infinity() { return __int_as_float(0x7f800000); }
+
+// Columns of the fragment that lane holds first in every group of 8; its rows are fragment_row and 8 below.
+__device__ __forceinline__ int fragment_column() { return 2 * (threadIdx.x % 4); }
+__device__ __forceinline__ int fragment_row() { return 16 * (threadIdx.x % kWarpgroup / 32) + threadIdx.x % 32 / 4; }
+
+// d (64 x N) = A (64 rows, kDepth columns) * B (N rows, kDepth columns)^T, both contracted along their columns.
+// kRowsA, kRowsB: rows of the whole tiles, which set where their next panel of 64 columns begins.
+template <typename T, int N, int kDepth, int kRowsA, int kRowsB>
+__device__ __forceinline__ void multiply_rows(float (&d)[N / 2], uint32_t a, uint32_t b, bool accumulate) {
+  const uint32_t rows_a = descriptor_rows(a), rows_b = descriptor_rows(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    const int panel = k / 4, within = k % 4 * 32;
+    Wgmma<T, N>::template shared<0, 0>(d, descriptor(rows_a, panel * kRowsA * kPanelBytes + within),
+                                       descriptor(rows_b, panel * kRowsB * kPanelBytes + within),
+                                       accumulate || k > 0);
+  }
+}
+
+// d (64 x N) += A (64 x kDepth, packed fragments) * B (kDepth rows, N columns).
+template <typename T, int N, int kDepth, int kRowsB>
+__device__ __forceinline__ void multiply_fragments(float (&d)[N / 2], const uint32_t (&a)[kDepth / 4], uint32_t b,
+                                                   bool accumulate) {
+  const uint32_t columns_b = descriptor_columns(b, kRowsB * kPanelBytes);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    Wgmma<T, N>::template registers<1>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
+                                       descriptor(columns_b, k * 16 * kPanelBytes), accumulate || k > 0);
+  }
+}
+
+// The same value, in every lane; hidden from the optimiser, so that what is computed from it is computed where it is
+// used and not kept in registers around a loop. Being uniform, it goes to the uniform registers that descriptors need.
+__device__ __forceinline__ uint32_t recomputed(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// Packs a score fragment (64 x N) into the A fragments of a product over its N columns.
+template <typename T, int N>
+__device__ __forceinline__ void pack_fragments(uint32_t (&packed)[N / 4], const float (&d)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) packed[i] = pack<T>(d[2 * i], d[2 * i + 1]);
+}
+
+// Writes zeros over rows [begin, end) of a tile of kRows x kColumns.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void zero_rows(uint32_t tile, int begin, int end, int thread, int threads) {
+  constexpr int kChunks = kColumns / 8;  // of 16 bytes, a row
+  for (int i = begin * kChunks + thread; i < end * kChunks; i += threads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const uint32_t address = tile + (chunk / 8 * kRows + row) * kPanelBytes + chunk % 8 * 16;
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+  }
+}
+
+// Four lanes hold r[g] = their 2 columns of column group g; afterwards lane j holds group j whole (8 columns).
+__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? r[0] : r[1], 1);
+  const uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? r[2] : r[3], 1);
+  const uint32_t a0 = odd ? x : r[0], a1 = odd ? r[1] : x;
+  const uint32_t b0 = odd ? y : r[2], b1 = odd ? r[3] : y;
+  const uint32_t c0 = __shfl_xor_sync(0xffffffffu, upper ? a0 : b0, 2);
+  const uint32_t c1 = __shfl_xor_sync(0xffffffffu, upper ? a1 : b1, 2);
+  r[0] = upper ? c0 : a0, r[1] = upper ? c1 : a1;
+  r[2] = upper ? b0 : c0, r[3] = upper ? b1 : c1;
+}
+
+// Stores a fragment (64 x N) times a factor per row: `upper` and `lower` point to column 0 of the lane's two rows, or
+// are null where nothing is to be stored.
+template <typename T, int N>
+__device__ __forceinline__ void store_fragment(const float (&d)[N / 2], float scale_upper, float scale_lower, T* upper,
+                                               T* lower) {
+#pragma unroll
+  for (int group = 0; group < N / 32; ++group) {
+    uint32_t r[4], s[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* value = &d[(group * 4 + j) * 4];
+      r[j] = pack<T>(value[0] * scale_upper, value[1] * scale_upper);
+      s[j] = pack<T>(value[2] * scale_lower, value[3] * scale_lower);
+    }
+    transpose_quad(r);
+    transpose_quad(s);
+    const int column = group * 32 + threadIdx.x % 4 * 8;
+    if (upper != nullptr) *reinterpret_cast<uint4*>(upper + column) = make_uint4(r[0], r[1], r[2], r[3]);
+    if (lower != nullptr) *reinterpret_cast<uint4*>(lower + column) = make_uint4(s[0], s[1], s[2], s[3]);
+  }
+}
+
+}  // namespace weighted_attention
