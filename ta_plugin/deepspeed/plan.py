@@ -1,0 +1,85 @@
+"""The unique space of the current batch, for attention modules that see hidden states but no token ids."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.unique_space import UniqueSpace
+
+
+class TokenPlan:
+    """Built from the arguments of the model's forward, before it runs; read by the modules that share it.
+
+    tokens:  name of the argument that holds ids (B, L) int64
+    lengths: name of the argument that holds lengths (B,) or a mask (B, L) of valid slots; None: every slot is valid
+    verify:  the first time a module asks, check on every rank that equal tokens have equal hidden states
+    """
+
+    def __init__(self, tokens: str, lengths: str | None, group: SSPGroup, *, verify: bool) -> None:
+        self.tokens, self.lengths, self.group = tokens, lengths, group
+        self.space: UniqueSpace | None = None
+        self.first_slots: Tensor | None = None
+        self._to_verify: set[int] | None = set() if verify else None
+
+    def follow(self, model: nn.Module) -> None:
+        """Rebuild the plan from every call of `model`."""
+        signature = inspect.signature(model.forward)
+        for name in (self.tokens, self.lengths):
+            if name is not None and name not in signature.parameters:
+                raise ValueError(
+                    f"{type(model).__name__}.forward has no argument {name!r}; it takes {list(signature.parameters)}"
+                )
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = signature.bind(*args, **kwargs).arguments
+            tokens = given[self.tokens]
+            self.build(tokens, None if self.lengths is None else given.get(self.lengths))
+
+        model.register_forward_pre_hook(before, with_kwargs=True)
+
+    def build(self, tokens: Tensor, lengths: Tensor | None) -> None:
+        """From ids (B, L) and lengths (B,) or a mask (B, L)."""
+        batch, width = tokens.shape
+        if lengths is None:
+            lengths = torch.full((batch,), width, dtype=torch.int64, device=tokens.device)
+        elif lengths.dim() == 2:
+            mask = lengths.bool()
+            lengths = mask.sum(1)
+            if not torch.equal(mask, torch.arange(width, device=mask.device) < lengths[:, None]):
+                raise ValueError(f"{self.lengths} has valid slots behind padding; pad on the right")
+        space = UniqueSpace.from_padded(tokens, lengths)
+        assert space.slots is not None
+        self.space = space
+        self.first_slots = space.slots[space.segments.order[space.segments.offsets[:-1]]]
+
+    def rows_of(self, grid: Tensor) -> Tensor:
+        """The hidden states of the distinct tokens: grid (B, L, ...) -> (U, ...), read at first occurrences."""
+        assert self.first_slots is not None
+        return grid.reshape(-1, *grid.shape[2:]).index_select(0, self.first_slots)
+
+    def fits(self, grid: Tensor) -> bool:
+        """Whether grid (B, L, ...) is shaped like the tokens of the batch."""
+        space = self.space
+        return space is not None and tuple(grid.shape[:2]) == (space.num_samples, space.padded_length)
+
+    def check_once(self, module: nn.Module, name: str, *grids: Tensor) -> None:
+        """On a module's first call: every occurrence in grids (B, L, ...) equals its token's first one. Collective that time."""
+        if self._to_verify is None or id(module) in self._to_verify:
+            return
+        self._to_verify.add(id(module))
+        assert self.space is not None
+        error = None
+        for grid in grids:
+            there = self.space.expand(self.rows_of(grid))
+            valid = self.space.expand(grid.new_ones(self.space.num_rows)).bool()
+            if not torch.allclose(there[valid], grid[valid], rtol=1e-3, atol=1e-5):
+                error = ValueError(
+                    f"equal tokens have different hidden states in {name}: positions, dropout or causal layers below make it "
+                    "inexact; take it out of tokenized_attention.modules"
+                )
+        exchange_header(self.group, [], error)

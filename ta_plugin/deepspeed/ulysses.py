@@ -1,0 +1,65 @@
+"""Tokenized attention under Ulysses: its local attention sees whole sequences, and runs on their distinct tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from deepspeed.sequence.layer import DistributedAttention
+from torch import Tensor, nn
+
+from ta_plugin.attention import Scoring, self_attention
+from ta_plugin.deepspeed.plan import TokenPlan
+from ta_plugin.parallel import SSPGroup
+
+
+class TokenizedUlyssesAttention(nn.Module):
+    """Bidirectional self-attention of sequences whose chunks lie on the ranks of Ulysses' group, equal chunks in rank order.
+
+    Exact where q, k and v depend on the token only (no positions below). Without a group it is the same attention on one rank;
+    the "sequence" layout of the block gives it Ulysses' group and the block's backend.
+    """
+
+    def __init__(self, scale: float | None = None, *, verify: bool = True) -> None:
+        super().__init__()
+        self.scale, self.verify = scale, verify
+        self.set_group(SSPGroup(None), None)
+
+    def set_group(self, group: SSPGroup, backend: str | None) -> None:
+        """Attend over sequences that lie on `group`."""
+        self._group = group
+        self._plan = TokenPlan("tokens", "lengths", group, verify=self.verify)
+        self._scoring = Scoring(scale=self.scale, backend=backend)
+        local = _LocalAttention(self._plan, self._scoring)
+        self._attend = local if group.group is None else DistributedAttention(local, group.group, 2, 1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """q, k, v (B, L / N, H, D) and tokens (B, L / N) of this rank's chunk -> (B, L / N, H, D). Collective over the group.
+
+        lengths: (B,) int64 of the whole sequences, L by default; rows past them are 0. H must be a multiple of N.
+        """
+        self._plan.build(self._whole(tokens), lengths)
+        if self._group.group is None:
+            return self._attend(q, k, v)
+        return self._attend(q, k, v, 0)
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        """The ids of the whole sequences (B, L) from every rank's chunk."""
+        if self._group.group is None:
+            return tokens
+        chunks = [torch.empty_like(tokens) for _ in range(self._group.size)]
+        dist.all_gather(chunks, tokens.contiguous(), group=self._group.group)
+        return torch.cat(chunks, 1)
+
+
+class _LocalAttention(nn.Module):
+    """Whole sequences, this rank's heads: q, k, v (B, L, H / N, D) -> (B, L, H / N, D)."""
+
+    def __init__(self, plan: TokenPlan, scoring: Scoring) -> None:
+        super().__init__()
+        self._plan, self._scoring = plan, scoring
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._plan.check_once(self, "TokenizedUlyssesAttention", q, k, v)
+        assert self._plan.space is not None
+        rows = [self._plan.rows_of(x) for x in (q, k, v)]
+        return self._plan.space.expand(self_attention(self._plan.space, *rows, scoring=self._scoring))

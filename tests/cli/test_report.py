@@ -1,0 +1,123 @@
+"""`report` tells the truth without CUDA, with nvcc only, and with a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ta_plugin.cli import report as module
+from ta_plugin.cli.main import app
+
+
+def run(*arguments: str) -> dict[str, dict[str, Any]]:
+    result = CliRunner().invoke(app, ["report", "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    return {line["name"]: line for line in json.loads(result.output[result.output.index("[") :])}
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A path on which only the tools that a test creates exist."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def executable(folder: Path, name: str) -> None:
+    (folder / name).write_text("#!/bin/sh\n")
+    (folder / name).chmod(0o755)
+
+
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_without_cuda(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_cuda(monkeypatch)
+    facts = run()
+    assert facts["nvcc"]["state"] == "missing" and facts["GPU"]["state"] == "missing"
+    assert facts["CUDA in torch"]["detail"].endswith("is built without it")
+    assert facts["C++ compiler"]["state"] == "missing"
+    assert facts["cpu, torch.float32, head_dim 64"]["detail"].startswith("sdpa")
+    assert facts["backend flex"]["state"] == "missing"
+    assert facts["ta_weighted_attention"]["state"] == "missing"
+    assert "no ranks to divide" in facts["layout"]["detail"]
+
+
+def test_compiler_alone_builds_the_cpu_ops(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    without_cuda(monkeypatch)
+    assert "'c++' is not on the path" in run()["ta_segments_cpu"]["detail"]
+    executable(tools, "c++")
+    executable(tools, "ninja")
+    facts = run()
+    assert facts["ta_segments_cpu"]["state"] == "ok" and "first use" in facts["ta_segments_cpu"]["detail"]
+
+
+def test_nvcc_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    without_cuda(monkeypatch)
+    for name in ("c++", "ninja", "nvcc"):
+        executable(tools, name)
+    monkeypatch.setattr(module, "op_specs", lambda: [module.OpSpec("ta_any", "cpu", "cuda")])
+    facts = run()
+    assert facts["nvcc"]["state"] == "ok"
+    assert facts["ta_any"]["state"] == "missing" and "nothing links against this torch" in facts["ta_any"]["detail"]
+
+
+def test_with_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "A GPU")
+    for name in ("c++", "ninja", "nvcc"):
+        executable(tools, name)
+    monkeypatch.setattr(module, "op_specs", lambda: [module.OpSpec("ta_any", "cpu", "cuda")])
+    facts = run()
+    assert facts["GPU 0"]["detail"] == "A GPU, sm_90"
+    assert facts["ta_any"]["state"] == "ok"
+    assert facts["backend sdpa"]["state"] == "missing"
+    assert any(name.startswith("cuda, torch.bfloat16") for name in facts)
+
+
+def test_versions_outside_the_range_are_a_warning(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.13.0+cpu", "deepspeed": "0.18.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise module.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(module.metadata, "version", version)
+    facts = run()
+    assert [facts[name]["state"] for name in ("torch", "deepspeed", "megatron-core")] == ["ok", "warning", "missing"]
+
+
+def test_layout_under_torchrun(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    facts = run("--size", "2")
+    assert facts["SSP"]["detail"] == "2 group(s) of 2 rank(s), 2 replica(s) of each row"
+    assert facts["group 1"]["detail"] == "ranks 2 to 3"
+    assert "choose one of [1, 2, 4]" in run("--size", "3")["layout"]["detail"]
+
+
+def test_prints_tables() -> None:
+    result = CliRunner().invoke(app, ["report"])
+    assert result.exit_code == 0
+    for section in ("Hosts", "Devices", "Ops", "Attention", "Groups"):
+        assert section in result.output
