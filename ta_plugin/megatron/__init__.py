@@ -1,0 +1,25 @@
+"""ta_plugin inside Megatron-core: groups, layer specs, a model on distinct rows. The only package here that imports megatron."""
+
+from ta_plugin.megatron.embedding import SSPTokenEmbedding
+from ta_plugin.megatron.groups import SSPGroups, SSPRanks, create_ssp_groups, ssp_group
+from ta_plugin.megatron.layer_specs import get_mixed_block_spec, get_tokenized_layer_spec, tokenized_layer_spec
+from ta_plugin.megatron.loss import count_labels, loss_function
+from ta_plugin.megatron.model import TokenizedModel
+from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, plan_microbatch
+
+__all__ = [
+    "RowLayout",
+    "SSPGroups",
+    "SSPRanks",
+    "SSPTokenEmbedding",
+    "TokenizedModel",
+    "TokenizedSeqParams",
+    "count_labels",
+    "create_ssp_groups",
+    "get_mixed_block_spec",
+    "get_tokenized_layer_spec",
+    "loss_function",
+    "plan_microbatch",
+    "ssp_group",
+    "tokenized_layer_spec",
+]

@@ -1,0 +1,49 @@
+"""The `--ta-*` command line arguments, for Megatron's extra_args_provider or any argparse parser."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+
+def add_ta_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the group "tokenized attention" and return the parser."""
+    group = parser.add_argument_group("tokenized attention")
+    group.add_argument(
+        "--ta-ssp-size",
+        type=int,
+        default=1,
+        help="ranks over which the token table is sharded; divides data x context parallel size, and equals the expert "
+        "parallel size where there are experts",
+    )
+    group.add_argument(
+        "--ta-tokenized-layers",
+        type=int,
+        default=None,
+        help="how many layers, from the first, run on distinct rows; the others are stock layers over positions (default: all)",
+    )
+    group.add_argument(
+        "--ta-row-multiple", type=int, default=1, help="pad each rank's distinct rows to this multiple (default: 1)"
+    )
+    group.add_argument(
+        "--ta-row-capacity",
+        type=int,
+        default=None,
+        help="pad every microbatch to this many rows: one shape for CUDA graphs and interleaved pipelines",
+    )
+    group.add_argument(
+        "--ta-vocab-divisible-by",
+        type=int,
+        default=128,
+        help="the table has a multiple of this many rows; every SSP size a checkpoint shall load under must divide it",
+    )
+    return parser
+
+
+def model_options(args: Namespace) -> dict[str, Any]:
+    """The keyword arguments of TokenizedModel that the command line decides."""
+    return {
+        "row_multiple": args.ta_row_multiple,
+        "row_capacity": args.ta_row_capacity,
+        "vocab_divisible_by": args.ta_vocab_divisible_by,
+    }

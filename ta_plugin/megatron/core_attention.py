@@ -1,0 +1,95 @@
+"""The core_attention and self_attention slots of a tokenized TransformerLayer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ta_plugin.attention import Scoring
+from ta_plugin.attention.layers import cross_attention
+from ta_plugin.megatron.plan import layout_of
+from ta_plugin.megatron.refusals import check_layer
+from ta_plugin.parallel import SSPGroup, all_gather_rows
+
+
+class TokenizedCoreAttention(MegatronModule):
+    """Bidirectional attention of each sample's distinct rows onto each other, each key weighted by its multiplicity.
+
+    Under context parallelism every rank holds a part of the rows; keys and values are gathered over the group.
+
+    Constructed by Megatron's SelfAttention, with keywords. Raises ValueError for what would not be exact (`refusals`).
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        backend: str | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        check_layer(config, attn_mask_type, attention_type)
+        self.layer_number = layer_number
+        self.scoring = Scoring(scale=softmax_scale, backend=backend)
+        context = getattr(pg_collection, "cp", None)
+        self.context = SSPGroup(context if context is not None and context.size() > 1 else None)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Rows query (local, H, D), key and value (local, Hk, D) of this rank's heads -> (local, H * D)."""
+        layout = layout_of(packed_seq_params)
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask is given to a tokenized layer; pass None, lengths exclude the padding already"
+            )
+        if attention_bias is not None:
+            raise ValueError(
+                "attention_bias is given to a tokenized layer; biases between positions do not fold, pass None"
+            )
+        space, size = layout.space, self.context.size
+        keys = all_gather_rows(key, [layout.local] * size, self.context, "keys")[: space.num_rows]
+        values = all_gather_rows(value, [layout.local] * size, self.context, "values")[: space.num_rows]
+        out, _lse = cross_attention(
+            space, query[: layout.rows], layout.query_bounds(), keys, values, scoring=self.scoring
+        )
+        return layout.pad(out.flatten(1))
+
+
+class TokenizedSelfAttention(SelfAttention):
+    """Megatron's SelfAttention that refuses rotary positions instead of applying them to rows."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As SelfAttention. Raises ValueError when rotary embeddings reach this layer."""
+        free = self.config.no_rope_freq
+        rotated = any(
+            kwargs.get(name) is not None for name in ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_cos_sin")
+        )
+        if rotated and not (free and free[self.layer_number - 1]):
+            raise ValueError(
+                f"rotary_pos_emb reached tokenized layer {self.layer_number}; with positions equal tokens have different keys. Use "
+                "position_embedding_type='none', or in a mixed stack set no_rope_freq to 1 for the tokenized layers"
+            )
+        return super().forward(hidden_states, *args, **kwargs)

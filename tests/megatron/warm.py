@@ -1,0 +1,21 @@
+"""Imports paid piece by piece, each within a pool's time limit: Megatron-core takes long on a busy machine."""
+
+from __future__ import annotations
+
+import importlib
+
+MODULES = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "megatron.core.parallel_state",
+    "megatron.core.transformer.transformer_config",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.dist_checkpointing",
+    "layouts",
+)
+
+
+def load(name: str) -> None:
+    importlib.import_module(name)
