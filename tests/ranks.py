@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,7 @@ from multiprocessing import get_context
 from typing import Any
 
 TIMEOUT_S = 60  # a test that hangs fails within this time
+START_S = 180  # importing torch on a busy machine
 
 
 class RankPool:
@@ -24,19 +26,26 @@ class RankPool:
         """fn must be importable (module level) and its arguments picklable. Raises the first rank's failure as an AssertionError."""
         if not self._workers:
             self._start()
-        for _, pipe in self._workers:
-            pipe.send((fn, args))
-        outcomes = []
-        for rank, (_, pipe) in enumerate(self._workers):
-            if not pipe.poll(TIMEOUT_S):
-                self.close()
-                raise AssertionError(f"rank {rank} of {self.size} did not answer within {TIMEOUT_S} s")
-            outcomes.append(pipe.recv())
+        outcomes = self._ask(fn, args, TIMEOUT_S)
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
         if failures:
             self.close()  # the group may be out of step: the next test gets a fresh one
             raise AssertionError("\n".join(failures))
         return [result for _, result in outcomes]
+
+    def _ask(self, fn: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> list[tuple[bool, Any]]:
+        """(whether it succeeded, result or traceback) of every rank; one that does not answer in time has failed."""
+        for _, pipe in self._workers:
+            pipe.send((fn, args))
+        deadline = time.monotonic() + seconds
+        outcomes: list[tuple[bool, Any]] = []
+        for _, pipe in self._workers:
+            try:
+                answered = pipe.poll(max(0.0, deadline - time.monotonic()))
+                outcomes.append(pipe.recv() if answered else (False, f"did not answer within {seconds:.0f} s"))
+            except EOFError:
+                outcomes.append((False, "died"))
+        return outcomes
 
     def close(self) -> None:
         for process, pipe in self._workers:
@@ -56,6 +65,9 @@ class RankPool:
             process.start()
             there.close()
             self._workers.append((process, here))
+        if not all(ok for ok, _ in self._ask(abs, (0,), START_S)):
+            self.close()
+            raise AssertionError(f"{self.size} ranks did not start within {START_S} s")
 
 
 def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
