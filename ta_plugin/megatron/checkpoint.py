@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
+
+from ta_plugin.megatron.groups import ssp_group
 
 _PARTS = ("dense", "owned")  # Megatron chains one optimizer for each bucket of gradients; a stage may lack the second
 
@@ -24,13 +27,27 @@ def checkpoint_metadata() -> dict[str, Any]:
 def save_checkpoint(path: str | os.PathLike[str], chunks: Sequence[nn.Module], optimizer: Any, **common: Any) -> None:
     """Save model chunks (wrapped or not), a Megatron optimizer or None, and plain values like the iteration. Collective.
 
-    path: a directory that every rank sees; it is created, and must be empty. Megatron's writer needs CUDA.
-          Not working yet: the distributed optimizer with pipeline parallelism and SSP > 1 together
+    path: a directory that every rank sees; it is created, and must be empty. Megatron's writer needs CUDA
+
+    Raises ValueError on every rank for the distributed optimizer with pipeline parallelism and SSP > 1 together.
     """
+    _refuse(chunks, optimizer)
     if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise ValueError(f"path is {path}, which holds a checkpoint already; save into another directory")
     os.makedirs(path, exist_ok=True)
     dist_checkpointing.save({**_state(chunks, optimizer, loading=False), "common": common}, str(path))
+
+
+def _refuse(chunks: Sequence[nn.Module], optimizer: Any) -> None:
+    """What Megatron's writer cannot finish: stages whose distributed optimizers hold different buckets wait for each other."""
+    distributed = any(isinstance(part, DistributedOptimizer) for part in _chained(optimizer))
+    groups: Any = unwrap(chunks[0]).pg_collection
+    ssp, pp = ssp_group(groups).size, groups.pp.size()
+    if distributed and ssp > 1 and pp > 1:
+        raise ValueError(
+            f"the distributed optimizer is in use with pipeline parallel size {pp} and ssp size {ssp}, which cannot be saved yet; "
+            "set use_distributed_optimizer=False, or one of the sizes to 1"
+        )
 
 
 def load_checkpoint(path: str | os.PathLike[str], chunks: Sequence[nn.Module], optimizer: Any) -> dict[str, Any]:
