@@ -61,7 +61,7 @@ setup(
         "megatron": ["megatron-core>=0.16.1"],
         "deepspeed": ["deepspeed>=0.19.8"],
         "examples": ["matplotlib>=3.8"],  # training curves
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff==0.14.5", "mypy==1.18.2"],
+        "test": ["pytest>=8", "transformers>=5", "hypothesis>=6.100", "ruff==0.14.5", "mypy==1.18.2"],
     },
     **compiled_ops(),
 )

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_recommender import write_interactions
+from small_interactions import write_interactions
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from small_interactions import write_interactions
 
 from ta_plugin import SSPGroup, UniqueSpace
 from ta_plugin.data.interactions import load_interactions
@@ -17,20 +17,6 @@ from ta_plugin.models.compare import compare
 from ta_plugin.models.recommender import RecommenderConfig, SequenceRecommender, last_events
 from ta_plugin.models.trainer import RecommenderTrainer, train
 from ta_plugin.parallel import average_gradients
-
-
-def write_interactions(path: Path, users: int = 24, items: int = 30) -> Path:
-    """A small .inter file in which users come back to the items they like."""
-    random = np.random.default_rng(0)
-    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
-    for user in range(users):
-        liked = random.choice(items, 8)
-        for event in range(random.integers(6, 20)):
-            lines.append(
-                f"u{user}\ti{random.choice(liked)}\t{random.integers(1, 6)}\t{1000 * event + random.integers(0, 900)}"
-            )
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 @pytest.fixture
