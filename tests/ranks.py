@@ -13,6 +13,7 @@ from typing import Any
 
 TIMEOUT_S = 60  # a test that hangs fails within this time
 START_S = 180  # importing torch on a busy machine
+MANY_GROUPS = 40  # each keeps a gloo thread that wakes a hundred times a second; hosts never destroy theirs
 
 
 class RankPool:
@@ -31,10 +32,12 @@ class RankPool:
         if failures:
             self.close()  # the group may be out of step: the next test gets a fresh one
             raise AssertionError("\n".join(failures))
-        return [result for _, result in outcomes]
+        if max(groups for _, (_, groups) in outcomes) > MANY_GROUPS:
+            self.close()
+        return [result for _, (result, _) in outcomes]
 
     def _ask(self, fn: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> list[tuple[bool, Any]]:
-        """(whether it succeeded, result or traceback) of every rank; one that does not answer in time has failed."""
+        """(whether it succeeded, then (result, process groups alive) or a traceback) of every rank; silence is failure."""
         for _, pipe in self._workers:
             pipe.send((fn, args))
         deadline = time.monotonic() + seconds
@@ -90,7 +93,8 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
         except EOFError:
             return
         try:
-            outcome = (True, fn(*args))
+            result = fn(*args)
+            outcome = (True, (result, len(dist.distributed_c10d._world.pg_map)))
         except BaseException:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)
