@@ -6,7 +6,7 @@ source examples/environment.sh
 make_environment megatron,deepspeed,examples,test
 
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-}
-export TORCH_EXTENSIONS_DIR=$PWD/$VENV/extensions
+export TORCH_EXTENSIONS_DIR=$(cd "$VENV" && pwd)/extensions
 rm -rf "$TORCH_EXTENSIONS_DIR"  # a build that was killed leaves a lock, for which the next one would wait for ever
 if [ $# -eq 0 ]; then
   "$VENV/bin/ruff" check .
