@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ta_plugin.attention.dense import Activation, Normaliser, dense_attention
+from ta_plugin.attention.merge import merge
 from ta_plugin.attention.weighted import weighted_attention
 
 
@@ -91,8 +92,6 @@ class Scoring:
 
     def combine(self, outs: Tensor, lses: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Partial results over disjoint keys, outs (N, Q, H, Dv) and lses (N, Q, H), into one."""
-        from ta_plugin.attention.merge import merge
-
         return (outs.sum(0), None) if lses is None else merge(outs, lses)
 
 

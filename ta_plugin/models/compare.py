@@ -14,6 +14,7 @@ from ta_plugin.data.batches import Batch
 from ta_plugin.models.recommender import SequenceRecommender
 from ta_plugin.models.trainer import RecommenderTrainer
 from ta_plugin.parallel import exchange_header
+from ta_plugin.unique_space import UniqueSpace
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,6 @@ def _forward_backward(trainer: RecommenderTrainer, model: SequenceRecommender, b
 
 
 def _distinct_rows(tokens: Tensor, lengths: Tensor) -> int:
-    from ta_plugin.unique_space import UniqueSpace
-
     return UniqueSpace.from_padded(tokens, lengths).num_rows
 
 

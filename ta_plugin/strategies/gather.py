@@ -22,7 +22,9 @@ def gather(request: Request, modules: AttentionModules) -> Tensor:
     of_rows = segments if request.encode is None else None
     if request.encode is not None:
         table = request.encode(expand(table, segments), space)
-    weights = RowWeights.fold(space, request.sides, scoring.normaliser, table.dtype)
+    weights = RowWeights(None, None)  # with cutoffs each target folds the sides for itself
+    if request.cutoffs is None:
+        weights = RowWeights.fold(space, request.sides, scoring.normaliser, table.dtype)
     if request.targets is None:
         # projections run once per id of the rank, before they spread to the samples that share it
         q, (k, v) = projections.queries(table), projections.keys_values(table)

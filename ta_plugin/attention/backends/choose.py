@@ -26,11 +26,12 @@ def choose(
     causal: bool,
 ) -> BackendChoice:
     """The requested backend if it covers the call, else an error; without a request the fastest that covers it."""
-    limits = {
-        "reference": None,
-        "sdpa": _sdpa_limit(device, dtype, head_dim, value_dim, per_query_weights, causal),
-        "flex": _flex_limit(device, dtype, head_dim, value_dim, per_query_weights, causal),
-    }
+    call = _limit(dtype, head_dim, value_dim, per_query_weights, causal)  # what no kernel but the reference covers
+    on_cpu = None if device.type == "cpu" else f"runs on the CPU, not on {device.type}"
+    on_cuda = (
+        None if device.type == "cuda" else f"runs on CUDA, not on {device.type} (FlexAttention has no backward there)"
+    )
+    limits = {"reference": None, "sdpa": on_cpu or call, "flex": on_cuda or call}
     if requested is not None:
         if requested not in limits:
             raise ValueError(f"backend is {requested!r}; choose one of {', '.join(map(repr, limits))}, or None")
@@ -44,29 +45,11 @@ def choose(
     return BackendChoice("reference", "; ".join(f"{name} {limit}" for name, limit in limits.items() if limit))
 
 
-def _common_limit(head_dim: int, value_dim: int, per_query_weights: bool, causal: bool) -> str | None:
+def _limit(dtype: torch.dtype, head_dim: int, value_dim: int, per_query_weights: bool, causal: bool) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"runs float32, bfloat16 and float16, not {dtype}"
     if per_query_weights or causal:
         return "has neither per-query weights nor a causal mask"
     return (
         f"needs equal head dims for keys and values, not {head_dim} and {value_dim}" if head_dim != value_dim else None
     )
-
-
-def _sdpa_limit(
-    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, per_query_weights: bool, causal: bool
-) -> str | None:
-    if device.type != "cpu":
-        return f"runs on the CPU, not on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"runs float32, bfloat16 and float16, not {dtype}"
-    return _common_limit(head_dim, value_dim, per_query_weights, causal)
-
-
-def _flex_limit(
-    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int, per_query_weights: bool, causal: bool
-) -> str | None:
-    if device.type != "cuda":
-        return f"runs on CUDA, not on {device.type} (FlexAttention has no backward there)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"runs float32, bfloat16 and float16, not {dtype}"
-    return _common_limit(head_dim, value_dim, per_query_weights, causal)
