@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
 from ta_plugin.checks import check_tokens
-from ta_plugin.embedding import EmbeddingFn, vocab_size_of
+from ta_plugin.embedding import EmbeddingFn, owners_of, vocab_size_of
 from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement
 from ta_plugin.ops import expand
-from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.parallel import SSPGroup, all_gather_rows, exchange_header
 from ta_plugin.strategies import (
     AttentionModules,
     Explanation,
+    Layout,
+    OwnedRows,
     Rates,
     Request,
     Workload,
@@ -31,11 +34,13 @@ from ta_plugin.strategies import (
     gather,
     id_shares,
     owner,
+    ring,
 )
 from ta_plugin.strategies.request import Encoder
 from ta_plugin.unique_space import UniqueSpace
 
-_STRATEGIES = ("auto", "gather", "owner", "positions")
+_STRATEGIES = ("auto", "gather", "owner", "ring", "positions")
+_LAYOUTS = ("sample", "sequence")
 
 
 class TokenizedAttention(nn.Module):
@@ -55,6 +60,10 @@ class TokenizedAttention(nn.Module):
     include_self:  a target also attends to its own key, with weight 1
     strategy:      "gather", "owner", "auto" (the cost model chooses per batch), or "positions": plain attention over every
                    occurrence, each fetching its own row, for comparison
+    layout:        "sample": each rank reads samples of its own. "sequence": the ranks read chunks of the same samples, of any
+                   lengths; sample b of every rank is one sample, whose positions count through the chunks in rank order.
+                   sequence_length is then this rank's own L. Self-attention runs on owned rows (strategy "ring"), targets go
+                   to the owners ("owner"), and each rank's targets see the whole sample
     rates:         what the cost model assumes of network and device
 
     Constructing is collective over the group: ranks that disagree on sizes, heads, strategy or nranks all raise here.
@@ -81,6 +90,7 @@ class TokenizedAttention(nn.Module):
         activation: Activation | None = None,
         include_self: bool = False,
         strategy: str = "auto",
+        layout: Layout = "sample",
         backend: str | None = None,
         rates: Rates | None = None,
     ) -> None:
@@ -92,6 +102,7 @@ class TokenizedAttention(nn.Module):
         # an id beyond the table would fail, or alias another id, on its owner alone, while the others wait
         self.vocab_size = vocab_size if vocab_size is not None else vocab_size_of(embedding_fn)
         self.strategy, self.include_self, self.rates = strategy, include_self, rates
+        self.layout: Layout = layout
         self.embedding_fn = embedding_fn
         self.score = score  # registers its parameters
         self.output = output
@@ -100,6 +111,7 @@ class TokenizedAttention(nn.Module):
             self._check_ranks(nranks)
             if strategy not in _STRATEGIES:
                 raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
+            self._check_layout()
             self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
             self.scoring = Scoring(
                 scale=scale, score=score, normaliser=normaliser, activation=activation, backend=backend
@@ -132,17 +144,24 @@ class TokenizedAttention(nn.Module):
         value_term:     (B, L, Hk, Dv) or (B, L, H, Dv), added to the value of an occurrence
         multiplier:     (B, L) or (B, L, H), with normaliser "none": applied after the activation
         encode:         called with the distinct rows (U, E) and their UniqueSpace between look-up and attention: layers that
-                        run on distinct rows; the same on every rank. Gather only
+                        run on distinct rows; the same on every rank. Gather only. In layout "sequence" it gets the rows this
+                        rank owns and their OwnedRows, and attends by `strategies.row_attention`
 
         Collective over the group, forward and backward. What is wrong on one rank raises the same ValueError on every rank.
         """
         sides = (bias, value_term, multiplier)
         inputs = Inputs(tokens, lengths, targets, queries, target_lengths, target_cutoffs, *sides, encode)
         request, strategy = self._read(inputs)  # RFC steps 1 to 3
+        if strategy == "ring":
+            owned, mixed = ring(request, self._parts())
+            return owned.to_positions(self._output(mixed))  # projected once per owned row
         attend = owner if strategy == "owner" else gather  # steps 4 and 5, and what follows them
-        rows = attend(request, self._parts()).flatten(1)
-        rows = rows if self.output is None else self.output(rows)
+        rows = self._output(attend(request, self._parts()))
         return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
+
+    def _output(self, heads: Tensor) -> Tensor:
+        rows = heads.flatten(1)
+        return rows if self.output is None else self.output(rows)
 
     def embed(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embeddings of ids (B, T) int64 from their owners: (B, T, E), zeros past `lengths` (B,). Collective."""
@@ -159,7 +178,10 @@ class TokenizedAttention(nn.Module):
     def explain(
         self, tokens: Tensor, lengths: Tensor, *, targets: Tensor | None = None, target_lengths: Tensor | None = None
     ) -> Explanation:
-        """What a batch like this one costs under each strategy and over plain positions, and what would be chosen. Local."""
+        """What a batch like this one costs under each strategy and over plain positions, and what would be chosen.
+
+        Local in layout "sample"; collective in layout "sequence", where no rank knows how many distinct tokens a sample has.
+        """
         space = UniqueSpace.from_padded(tokens, lengths)
         slots = None
         if targets is not None:
@@ -168,6 +190,8 @@ class TokenizedAttention(nn.Module):
         sizes = self._sizes(space, slots)
         sizes[3] = int(space.tokens.unique().numel())  # forward counts distinct ids only where its choice needs them
         load = self._workload([sizes], embed_dim, id_shares(space.tokens))
+        if self.layout == "sequence":
+            load = self._shared_workload(load, space)
         rates = self.rates or Rates.of(tokens.device)
         head_dim = load.head_dim
         choice = choose(
@@ -182,16 +206,28 @@ class TokenizedAttention(nn.Module):
         only_gather = None if targets is not None else "self-attention has as many queries as keys"
         return explain(load, rates, self.strategy, f"{choice.name} ({choice.reason})", only_gather)
 
-    def regroup(self, group: Any) -> None:
-        """Move to another SSPGroup or process group, sizes checked again. Collective over it; the embedding is its own to move."""
+    def regroup(self, group: Any, layout: Layout | None = None) -> None:
+        """Move to another SSPGroup or process group, and layout if given, sizes checked again. Collective over the group.
+
+        The embedding is its own to move.
+        """
         self.group = SSPGroup.wrap(group)
-        self._agree()
+        self.layout = layout or self.layout
+        error: ValueError | None = None
+        try:
+            self._check_layout()
+        except ValueError as failure:
+            error = failure
+        self._agree(error)
 
     def extra_repr(self) -> str:
-        return f"batch_size={self.batch_size}, sequence_length={self.sequence_length}, strategy={self.strategy!r}, {self.group}"
+        sizes = f"batch_size={self.batch_size}, sequence_length={self.sequence_length}"
+        return f"{sizes}, strategy={self.strategy!r}, layout={self.layout!r}, {self.group}"
 
     def _parts(self) -> AttentionModules:
-        return AttentionModules(self.group, self.embedding_fn, self.projections, self.scoring, self.include_self)
+        return AttentionModules(
+            self.group, self.embedding_fn, self.projections, self.scoring, self.include_self, self.rates
+        )
 
     def _check_ranks(self, nranks: int) -> None:
         if nranks != self.group.size:
@@ -199,9 +235,21 @@ class TokenizedAttention(nn.Module):
             remedy = "initialise torch.distributed" if alone else f"pass nranks={self.group.size} or a group"
             raise ValueError(f"nranks is {nranks}, but the group has {self.group.size} rank(s); {remedy}")
 
+    def _check_layout(self) -> None:
+        if self.layout not in _LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}; choose one of {_LAYOUTS}")
+        able = ("auto", "gather", "owner", "positions") if self.layout == "sample" else ("auto", "ring", "owner")
+        if self.strategy not in able:
+            raise ValueError(f"strategy is {self.strategy!r} in layout {self.layout!r}; choose one of {able}")
+
     def _agree(self, error: ValueError | None = None) -> None:
         """Raise on every rank if any found an error, or if they were constructed differently."""
-        mine: dict[str, int] = {"batch_size": self.batch_size, "sequence_length": self.sequence_length}
+        uneven = self.layout == "sequence"  # chunks of any length
+        mine: dict[str, int] = {
+            "layout": _LAYOUTS.index(self.layout) if error is None else 0,
+            "batch_size": self.batch_size,
+            "sequence_length": 0 if uneven else self.sequence_length,
+        }
         if error is None:
             mine |= {
                 "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
@@ -214,7 +262,8 @@ class TokenizedAttention(nn.Module):
         for rank, header in enumerate(headers):
             for name, value, first in zip(mine, header, headers[0], strict=True):
                 if value != first:
-                    shown = [_STRATEGIES[x] if name == "strategy" else x for x in (first, value)]
+                    words = {"strategy": _STRATEGIES, "layout": _LAYOUTS}.get(name)
+                    shown = [words[x] if words else x for x in (first, value)]
                     raise ValueError(
                         f"{name} is {shown[0]} on rank 0 but {shown[1]} on rank {rank}; pass the same on every rank"
                     )
@@ -247,6 +296,7 @@ class TokenizedAttention(nn.Module):
             sides,
             batch_sizes=[self.batch_size] * self.group.size,
             query_counts=[s[2] for s in by_rank],
+            shared=self.layout == "sequence",
             target_width=max(s[4] for s in by_rank),
             sequence_length=self.sequence_length,
             any_repeats=any(s[0] != s[1] for s in by_rank),
@@ -270,11 +320,11 @@ class TokenizedAttention(nn.Module):
         only_gather = None
         if not has_targets:
             only_gather = "self-attention has as many queries as keys"
-        elif encoded:
+        elif encoded and self.layout == "sample":
             only_gather = "encode makes keys depend on their sample"
         rates = self.rates or Rates.of(self.group.device)
         embed_dim = getattr(self.embedding_fn, "embedding_dim", None) or 64
-        load = self._workload(by_rank, embed_dim, 0.0)
+        load = replace(self._workload(by_rank, embed_dim, 0.0), targets=has_targets)  # also with T = 0
         return choose_strategy(load, rates, self.strategy, only_gather)[0]
 
     def _workload(self, by_rank: list[list[int]], embed_dim: int, shares: float) -> Workload:
@@ -299,6 +349,25 @@ class TokenizedAttention(nn.Module):
             kv_heads=self.projections.num_kv_heads,
             head_dim=width // heads,
             id_shares=shares,
+            layout=self.layout,
+        )
+
+    def _shared_workload(self, load: Workload, space: UniqueSpace) -> Workload:
+        """Sizes over all ranks, from a routing of the batch. Collective."""
+        group = self.group
+        owned = OwnedRows.of(space, owners_of(self.embedding_fn, group.size), group)
+        occurrences = all_gather_rows(space.cu_occurrences.diff(), [space.num_samples] * group.size, group, "lengths")
+        lengths = occurrences.view(group.size, -1).double()
+        rows = owned.everybody.diff(dim=1).double()
+        n = group.size
+        return replace(
+            load,
+            occurrences=float(lengths.sum()) / n,
+            owned=float(rows.sum()) / n,
+            ids=float(owned.space.tokens.unique().numel()),
+            pairs=load.pairs if load.targets else float(rows.sum(0).square().sum()) / n,
+            position_pairs=load.position_pairs if load.targets else float(lengths.sum(0).square().sum()) / n,
+            id_shares=id_shares(owned.space.tokens) / n,
         )
 
     def _width_of_one_row(self) -> int:

@@ -192,5 +192,5 @@ def test_what_owner_cannot_do_is_refused() -> None:
     tokens, lengths = torch.zeros(BATCH, LENGTH, dtype=torch.int64), torch.tensor([1, 2])
     with pytest.raises(ValueError, match="as many queries as keys; pass strategy='gather' or 'auto'"):
         model(tokens, lengths)
-    with pytest.raises(ValueError, match="strategy is 'ring'; choose one of"):
+    with pytest.raises(ValueError, match="strategy is 'ring' in layout 'sample'; choose one of"):
         TokenizedAttention(BATCH, LENGTH, 1, nn.Embedding(VOCAB, EMBED), strategy="ring")

@@ -105,6 +105,17 @@ class PackedTargets:
         full = torch.full((batch,), width, dtype=torch.int64, device=device)
         return cls(batch, width, full if lengths is None else lengths)
 
+    def together(self, ranks: int) -> tuple[Tensor, PackedTargets]:
+        """Layout "sequence": targets of `ranks` ranks for the same samples, gathered in rank order, brought together by sample.
+
+        Returns (order (Q,) int64 of the packed targets, the targets of each sample in that order).
+        """
+        samples = self.batch // ranks
+        sample = (self.slots // max(self.width, 1)) % max(samples, 1)
+        totals = self.lengths.view(ranks, samples).sum(0)
+        width = int(totals.max()) if samples else 0
+        return sample.argsort(stable=True), PackedTargets(samples, width, totals)
+
     def pack(self, grid: Tensor) -> Tensor:
         """(B, T, ...) -> (Q, ...)."""
         return grid.reshape(self.batch * self.width, *grid.shape[2:]).index_select(0, self.slots)

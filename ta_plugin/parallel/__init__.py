@@ -4,9 +4,11 @@ from ta_plugin.parallel.collectives import all_gather_rows, all_to_all_rows, red
 from ta_plugin.parallel.dense import average_gradients
 from ta_plugin.parallel.groups import SSPGroup, create_ssp_group
 from ta_plugin.parallel.header import exchange_header
+from ta_plugin.parallel.ring import Hop
 from ta_plugin.parallel.traffic import Traffic
 
 __all__ = [
+    "Hop",
     "SSPGroup",
     "Traffic",
     "all_gather_rows",

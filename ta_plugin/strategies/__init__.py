@@ -3,6 +3,7 @@
 from ta_plugin.strategies.cost import (
     Estimate,
     Explanation,
+    Layout,
     Rates,
     Workload,
     choose_strategy,
@@ -11,13 +12,17 @@ from ta_plugin.strategies.cost import (
     id_shares,
 )
 from ta_plugin.strategies.gather import gather
+from ta_plugin.strategies.owned import OwnedRows
 from ta_plugin.strategies.owner import owner
 from ta_plugin.strategies.request import AttentionModules, Request, fetch
+from ta_plugin.strategies.ring import ring, ring_attention, row_attention
 
 __all__ = [
     "AttentionModules",
     "Estimate",
     "Explanation",
+    "Layout",
+    "OwnedRows",
     "Rates",
     "Request",
     "Workload",
@@ -28,4 +33,7 @@ __all__ = [
     "gather",
     "id_shares",
     "owner",
+    "ring",
+    "ring_attention",
+    "row_attention",
 ]

@@ -9,15 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-StrategyName = Literal["gather", "owner", "positions"]
+StrategyName = Literal["gather", "owner", "ring", "positions"]
+Layout = Literal["sample", "sequence"]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank moves and computes per second; only their ratio decides."""
+    """What a rank moves and computes per second; only their ratio decides.
+
+    hop_seconds: what one more block of keys costs beside its work: a message, kernel launches, a partial result to merge
+    """
 
     bytes_per_second: float
     flops_per_second: float
+    hop_seconds: float = 1e-4
 
     @classmethod
     def of(cls, device: torch.device) -> Rates:
@@ -32,7 +37,9 @@ class Workload:
     ranks N; samples B; per rank: occurrences M, rows U (distinct per sample), ids I (distinct per rank), queries Q (U for
     self-attention). pairs: query-row products, summed over samples; position_pairs: query-occurrence products, with every
     position a query in self-attention. embed_dim E, heads H, kv_heads Hk, head_dim D; element_size in bytes. id_shares: the sum
-    over ids of the squared share of rows each accounts for, for `imbalance`.
+    over ids of the squared share of rows each accounts for, for `imbalance`. In layout "sequence", where all ranks read
+    chunks of the same samples, owned is the number of rows a rank owns, and pairs are of owned rows (or a chunk's positions) with
+    the whole samples.
     """
 
     ranks: int
@@ -50,6 +57,8 @@ class Workload:
     head_dim: int
     element_size: int = 4
     id_shares: float = 0.0
+    layout: Layout = "sample"
+    owned: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class Estimate:
 
 def estimate(strategy: StrategyName, load: Workload, rates: Rates) -> Estimate:
     """What one forward of `strategy` costs a rank."""
+    if load.layout == "sequence" and not load.targets:
+        return _estimate_shared(strategy, load, rates)
     away = (load.ranks - 1) / load.ranks
     row = load.embed_dim * load.element_size
     head_width = load.heads * load.head_dim
@@ -88,6 +99,37 @@ def estimate(strategy: StrategyName, load: Workload, rates: Rates) -> Estimate:
         flops = 2 * load.embed_dim * head_width * width + fetched * project + attend
     seconds = bytes_sent / rates.bytes_per_second + flops / rates.flops_per_second
     return Estimate(strategy, bytes_sent, flops, held, seconds)
+
+
+def _estimate_shared(strategy: StrategyName, load: Workload, rates: Rates) -> Estimate:
+    """Self-attention of samples whose chunks lie on all ranks: ring on owned rows, or ring attention over positions."""
+    positions = strategy == "positions"
+    away, size = (load.ranks - 1) / load.ranks, load.element_size
+    head_width, kv_width = load.heads * load.head_dim, 2 * load.kv_heads * load.head_dim
+    local, fetched = (load.occurrences,) * 2 if positions else (load.owned, load.rows)
+    project = 2 * load.embed_dim * (head_width + kv_width) * (local if positions else load.ids)
+    attend = 4 * (load.position_pairs if positions else load.pairs) * head_width
+    attend *= 1.0 if positions else imbalance(load)
+    hops = (load.ranks - 1) * local * kv_width * size
+    # positions: ids out and embeddings back; rows: ids and counts out, counts to all, results back
+    once = away * fetched * (8 + load.embed_dim * size if positions else 16 + head_width * size)
+    once += 0 if positions else (load.ranks - 1) * load.owned * 8
+    held = local * (load.embed_dim + head_width) * size + load.ranks * local * (kv_width + head_width) * size
+    moving, computing = hops / rates.bytes_per_second, attend / rates.flops_per_second
+    many = circulates(load.ranks * local * kv_width * size, attend, load.ranks, rates)
+    pass_over = max(moving, computing) + (load.ranks - 1) * rates.hop_seconds if many else moving + computing
+    seconds = once / rates.bytes_per_second + project / rates.flops_per_second + pass_over
+    return Estimate(strategy, once + hops, project + attend, held, seconds)
+
+
+def circulates(key_bytes: float, flops: float, ranks: int, rates: Rates) -> bool:
+    """Whether keys and values of `key_bytes`, all ranks together, should go round in a ring rather than be gathered at once.
+
+    The ring hides the smaller of moving and computing behind the larger, and pays for a block more per hop.
+    flops: of one rank's attention onto all of them
+    """
+    moving = key_bytes * (ranks - 1) / ranks / rates.bytes_per_second
+    return min(moving, flops / rates.flops_per_second) > (ranks - 1) * rates.hop_seconds
 
 
 def imbalance(load: Workload) -> float:
@@ -143,12 +185,18 @@ class Explanation:
 def explain(load: Workload, rates: Rates, requested: str, backend: str, only_gather: str | None) -> Explanation:
     """Estimates of every strategy next to plain attention, with the choice `choose_strategy` makes."""
     names: list[StrategyName] = ["positions", "gather"] if only_gather else ["positions", "gather", "owner"]
+    if load.layout == "sequence":
+        names = ["owner"] if load.targets else ["positions", "ring"]
     chosen, reason = choose_strategy(load, rates, requested, only_gather)
     return Explanation(load, [estimate(name, load, rates) for name in names], chosen, reason, backend)
 
 
 def choose_strategy(load: Workload, rates: Rates, requested: str, only_gather: str | None) -> tuple[StrategyName, str]:
     """The strategy for a batch and the reason. `only_gather` says why owner cannot serve it, or is None."""
+    if load.layout == "sequence":
+        return _choose_shared(load, requested)
+    if requested == "ring":
+        raise ValueError("strategy is 'ring', but layout is 'sample'; pass layout='sequence', or strategy='auto'")
     if requested == "owner" and only_gather:
         raise ValueError(f"strategy is 'owner', but {only_gather}; pass strategy='gather' or 'auto'")
     if requested in ("gather", "owner", "positions"):
@@ -160,3 +208,14 @@ def choose_strategy(load: Workload, rates: Rates, requested: str, only_gather: s
     fetch, stay = estimate("gather", load, rates), estimate("owner", load, rates)
     cheaper: StrategyName = "owner" if stay.seconds < fetch.seconds else "gather"
     return cheaper, f"owner is estimated at {stay.seconds / max(fetch.seconds, 1e-12):.2f} of gather's time"
+
+
+def _choose_shared(load: Workload, requested: str) -> tuple[StrategyName, str]:
+    """In layout "sequence" no rank holds a whole sample, so keys circulate, or queries do."""
+    able: StrategyName = "owner" if load.targets else "ring"
+    what = "targets go to the owners of the history" if load.targets else "self-attention runs on owned rows"
+    if requested not in ("auto", able):
+        raise ValueError(
+            f"strategy is {requested!r}, but in layout 'sequence' {what}; pass strategy={able!r} or 'auto'"
+        )
+    return able, "as requested" if requested == able else what

@@ -13,6 +13,7 @@ from ta_plugin.parallel import SSPGroup, all_gather_rows, all_to_all_rows, reduc
 from ta_plugin.routing import Route, rfc_positions
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.strategies.ring import own
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -26,13 +27,25 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     projections, group = modules.projections, modules.group
     rows = request.target_rows(modules)
     q = projections.queries(rows)
+    everybody, order = _all_targets(request, group), None
+    targets = everybody
+    if request.shared:
+        order, targets = everybody.together(group.size)
     if request.cutoffs is None:
         keys, cutoffs = _owned_rows(request, modules, q.dtype), None
     else:
-        keys, cutoffs = _owned_occurrences(request, modules, q.dtype)
-    everybody = _all_targets(request, group)
+        keys, owned_positions, sides = _owned_occurrences(request, modules, q.dtype)
+        every_cutoff = _all_cutoffs(request, group)
+        if order is not None:
+            every_cutoff = targets.unpack(everybody.pack(every_cutoff)[order])
+        cutoffs = Cutoffs(every_cutoff, owned_positions, sides)
     q_all = all_gather_rows(q, request.query_counts, group, "queries")
-    out, lse = attend_targets(modules, q_all, everybody, keys, cutoffs)
+    if order is not None:
+        q_all = q_all.index_select(0, order)
+    out, lse = attend_targets(modules, q_all, targets, keys, cutoffs)
+    if order is not None:  # back to the order of ranks
+        out = torch.empty_like(out).index_copy(0, order, out)
+        lse = None if lse is None else torch.empty_like(lse).index_copy(0, order, lse)
     out, lse = _return_partials(out, lse, request, modules)
     if modules.include_self:
         out, lse = with_own_key(modules.scoring, q, out, lse, *projections.keys_values(rows))
@@ -41,6 +54,9 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
 
 def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype) -> Keys:
     """Distinct tokens and their folded weights, at their owners."""
+    if request.shared:
+        owned, table, segments = own(request, modules)
+        return Keys(table, segments, owned.space, owned.fold(request.sides, modules.scoring.normaliser, dtype))
     space, normaliser = request.space, modules.scoring.normaliser
     weights = RowWeights.fold(space, request.sides, normaliser, dtype)
     weight = weights.weight
@@ -56,16 +72,20 @@ def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype)
     return _keys(UniqueSpace.of_occurrences(tokens, cu_seqlens=route.received_cu_seqlens), received, modules)
 
 
-def _owned_occurrences(request: Request, modules: AttentionModules, dtype: torch.dtype) -> tuple[Keys, Cutoffs]:
-    """Every occurrence with its position, at its owner: cutoffs look at occurrences (RFC steps 3 and 4 as they stand)."""
+def _owned_occurrences(request: Request, modules: AttentionModules, dtype: torch.dtype) -> tuple[Keys, Tensor, Sides]:
+    """Every occurrence with its position and sides, at its owner: cutoffs look at occurrences (RFC steps 3 and 4 as they stand)."""
     space, group = request.space, modules.group
     tokens = space.tokens[space.inverse]
     samples = space.sample_of_occurrences()
-    batch = max(request.batch_sizes)
-    positions = rfc_positions(space.positions(), samples, group.rank, batch, request.sequence_length)
+    batch, length, rank, offsets = max(request.batch_sizes), request.sequence_length, group.rank, None
+    if request.shared:  # one sample: rank 0's chunk, then rank 1's, ...
+        rank, (offsets, totals) = 0, chunk_offsets(space.cu_occurrences.diff(), group)
+        length = int(totals.max()) if batch else 0
+    places = space.positions() if offsets is None else space.positions() + offsets[samples]
+    positions = rfc_positions(places, samples, rank, batch, length)
     route = _route(tokens, space.cu_occurrences, request, modules)
     owned_tokens = route.to_owners(tokens, "keys.ids")
-    owned_positions = route.to_owners(positions, "keys.positions") % max(request.sequence_length, 1)
+    owned_positions = route.to_owners(positions, "keys.positions") % max(length, 1)
     sides = Sides(
         *(
             None if x is None else route.to_owners(x, f"keys.{name}")
@@ -76,13 +96,26 @@ def _owned_occurrences(request: Request, modules: AttentionModules, dtype: torch
             )
         )
     )
-    owned = UniqueSpace.from_packed(owned_tokens, route.received_cu_seqlens)
-    keys = _keys(owned, RowWeights(None, None), modules)
-    width = request.target_width
-    assert request.cutoffs is not None
-    mine = F.pad(request.cutoffs, (0, width - request.cutoffs.shape[1]))
-    all_cutoffs = all_gather_rows(mine, request.batch_sizes, group, "cutoffs")
-    return keys, Cutoffs(all_cutoffs, owned_positions, sides)
+    bounds = route.received_cu_seqlens
+    if request.shared:
+        order, bounds = route.together(batch)
+        owned_tokens, owned_positions = owned_tokens[order], owned_positions[order]
+        sides = Sides(
+            *(None if x is None else x.index_select(0, order) for x in (sides.bias, sides.value_term, sides.multiplier))
+        )
+    owned = UniqueSpace.from_packed(owned_tokens, bounds)
+    if request.encode is None:
+        keys = _keys(owned, RowWeights(None, None), modules)
+    else:  # the rows of `own` are in the same order: by the rank that read them first, and their place there
+        _, table, segments = own(request, modules)
+        keys = Keys(table, segments, owned, RowWeights(None, None))
+    return keys, owned_positions, sides
+
+
+def chunk_offsets(lengths: Tensor, group: SSPGroup) -> tuple[Tensor, Tensor]:
+    """Where this rank's chunk of each sample begins, and how long the samples are: two (B,) int64, from lengths (B,). Collective."""
+    everybody = all_gather_rows(lengths, [lengths.numel()] * group.size, group, "lengths").view(group.size, -1)
+    return everybody[: group.rank].sum(0), everybody.sum(0)
 
 
 def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: AttentionModules) -> Route:
@@ -93,6 +126,13 @@ def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: Attent
 def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules) -> Keys:
     distinct = UniqueSpace.from_packed(space.tokens)  # again across ranks: each owned id is looked up once
     return Keys(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments, space, weights)
+
+
+def _all_cutoffs(request: Request, group: SSPGroup) -> Tensor:
+    """(N * B, T) int64, in rank order."""
+    assert request.cutoffs is not None
+    mine = F.pad(request.cutoffs, (0, request.target_width - request.cutoffs.shape[1]))
+    return all_gather_rows(mine, request.batch_sizes, group, "cutoffs")
 
 
 def _all_targets(request: Request, group: SSPGroup) -> PackedTargets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,20 +16,23 @@ from ta_plugin.embedding import EmbeddingFn, lookup, owners_of
 from ta_plugin.ops import Segments, expand
 from ta_plugin.parallel import SSPGroup
 from ta_plugin.routing import Route
+from ta_plugin.strategies.cost import Rates
 from ta_plugin.unique_space import UniqueSpace
 
-Encoder = Callable[[Tensor, UniqueSpace], Tensor]  # rows (U, E), their space -> rows (U, E')
+# rows (U, E), their space (OwnedRows in layout "sequence") -> rows (U, E')
+Encoder = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionModules:
-    """What an attention call is made with on every rank: group, embedding, projections, scoring."""
+    """What an attention call is made with on every rank: group, embedding, projections, scoring, rates."""
 
     group: SSPGroup
     embedding_fn: EmbeddingFn
     projections: HeadProjections
     scoring: Scoring
     include_self: bool = False
+    rates: Rates | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Request:
     cutoffs:     (B, T) int64 or None
     encode:      layers to run on the distinct rows between look-up and attention, or None
     deduplicate: False for plain attention over positions: each occurrence fetches its own row
+    shared:      layout "sequence": sample b of every rank is one sample, of which each reads a chunk
 
     Of every rank, from the header: batch_sizes B, query_counts Q, target_width the largest T, sequence_length L, and
     any_repeats, whether any sample anywhere holds a token twice.
@@ -61,6 +66,7 @@ class Request:
     cutoffs: Tensor | None = None
     encode: Encoder | None = None
     deduplicate: bool = True
+    shared: bool = False
 
     def target_rows(self, modules: AttentionModules) -> Tensor:
         """Embeddings (Q, E) of the packed targets: given, or looked up at their owners. Collective in the second case."""
