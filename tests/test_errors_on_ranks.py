@@ -106,8 +106,8 @@ def still_works(model: TokenizedAttention) -> None:
     assert float(total) == RANKS
 
 
-def bad_batches(strategy: str, changes: list[str]) -> list[str]:
-    model, messages = attention(strategy), []
+def bad_batches(strategy: str, changes: list[str], options: dict[str, Any]) -> list[str]:
+    model, messages = attention(strategy, **options), []
     for change in changes:
         batch = good_batch()
         if dist.get_rank() == CULPRIT:
@@ -141,9 +141,9 @@ def bad_embed() -> str:
     return message
 
 
-@pytest.mark.parametrize("strategy", ["gather", "owner"])
-def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy: str) -> None:
-    by_rank = rank_pools(RANKS).run(bad_batches, strategy, list(MESSAGES))
+@pytest.mark.parametrize(("strategy", "layout"), [("gather", "sample"), ("owner", "sample"), ("owner", "sequence")])
+def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy: str, layout: str) -> None:
+    by_rank = rank_pools(RANKS).run(bad_batches, strategy, list(MESSAGES), {"layout": layout})
     for change, *messages in zip(MESSAGES, *by_rank, strict=True):
         assert len(set(messages)) == 1, (change, messages)
         for fragment in MESSAGES[change]:
@@ -159,7 +159,10 @@ def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy:
         ({"num_heads": 4}, ["num_heads is 1 on rank 0 but 4 on rank 2", "pass the same"]),
         ({"vocab_size": 9}, ["vocab_size is 50 on rank 0 but 9 on rank 2", "pass the same"]),
         ({"strategy": "owner"}, ["strategy is auto on rank 0 but owner on rank 2", "pass the same"]),
-        ({"strategy": "ring"}, ["rank 2 of 4: ", "strategy is 'ring'", "choose one of"]),
+        ({"strategy": "ring"}, ["rank 2 of 4: ", "strategy is 'ring' in layout 'sample'", "choose one of"]),
+        ({"layout": "sequence"}, ["layout is sample on rank 0 but sequence on rank 2", "pass the same"]),
+        ({"layout": "stripes"}, ["rank 2 of 4: ", "layout is 'stripes'", "choose one of"]),
+        ({"layout": "sequence", "strategy": "gather"}, ["strategy is 'gather' in layout 'sequence'", "'ring'"]),
         ({"num_heads": 2, "num_kv_heads": 3}, ["rank 2 of 4: ", "num_kv_heads is 3", "does not divide"]),
     ],
 )
