@@ -134,16 +134,18 @@ class Route:
         order = owner.argsort(stable=True)
         return cls(group, order, sizes, bounds.int(), send, receive)
 
-    def together(self, batch: int) -> tuple[Tensor, Tensor]:
+    def together(self, batch: int, pieces: int = 1) -> tuple[Tensor, Tensor]:
         """Layout "sequence", where sample b of every rank is one sample: what was received, brought together by sample.
 
-        Returns (order (received,) int64: by sample, then source rank; cu_seqlens (B + 1,) int64 in that order).
+        pieces: how many of each sample a rank reads, as samples p * B + b of its own
+
+        Returns (order (received,) int64: by sample, then source rank and piece; cu_seqlens (B + 1,) int64 in that order).
         """
-        sizes = self.received_cu_seqlens.long().diff()
-        sample = torch.arange(batch, device=sizes.device).repeat(self.group.size)
+        sizes, parts = self.received_cu_seqlens.long().diff(), self.group.size * pieces
+        sample = torch.arange(batch, device=sizes.device).repeat(parts)
         sample = torch.repeat_interleave(sample, sizes, output_size=sum(self.receive))
         bounds = torch.zeros(batch + 1, dtype=torch.int64, device=sizes.device)
-        torch.cumsum(sizes.view(self.group.size, batch).sum(0), 0, out=bounds[1:])
+        torch.cumsum(sizes.view(parts, batch).sum(0), 0, out=bounds[1:])
         return sample.argsort(stable=True), bounds
 
     def to_owners(self, values: Tensor, name: str) -> Tensor:

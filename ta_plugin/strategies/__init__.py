@@ -1,5 +1,6 @@
 """How an attention over routed tokens is carried out, and the cost model that chooses."""
 
+from ta_plugin.strategies.causal_ranks import CausalRows, causal_over_ranks, pieces_of, zigzag
 from ta_plugin.strategies.cost import (
     Estimate,
     Explanation,
@@ -19,6 +20,7 @@ from ta_plugin.strategies.ring import ring, ring_attention, row_attention
 
 __all__ = [
     "AttentionModules",
+    "CausalRows",
     "Estimate",
     "Explanation",
     "Layout",
@@ -26,6 +28,7 @@ __all__ = [
     "Rates",
     "Request",
     "Workload",
+    "causal_over_ranks",
     "choose_strategy",
     "estimate",
     "explain",
@@ -33,7 +36,9 @@ __all__ = [
     "gather",
     "id_shares",
     "owner",
+    "pieces_of",
     "ring",
     "ring_attention",
     "row_attention",
+    "zigzag",
 ]

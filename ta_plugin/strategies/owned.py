@@ -29,7 +29,7 @@ class OwnedRows:
     reader:     the unique space of this rank's chunks
     route:      reader's rows -> owners
     by_sample:  (received,) int64, what was received, brought together by sample
-    merged:     received rows in that order -> owned rows
+    merged:     received rows in that order -> owned rows; counts (received,) int64: how often each occurs at its reader
     everybody:  (N, B + 1) int64 on the host, cu_seqlens of every rank's owned rows
     any_repeats: whether any sample holds a token twice; otherwise every log weight of plain attention is 0
     rates:      what the cost model assumes when it chooses how keys travel; by default those of the device
@@ -43,24 +43,36 @@ class OwnedRows:
     route: Route
     by_sample: Tensor
     merged: UniqueSpace
+    counts: Tensor
     everybody: Tensor
     any_repeats: bool
     rates: Rates | None = None
+    pieces: int = 1
 
     @classmethod
-    def of(cls, reader: UniqueSpace, owners: Owners, group: SSPGroup, rates: Rates | None = None) -> OwnedRows:
+    def of(
+        cls,
+        reader: UniqueSpace,
+        owners: Owners,
+        group: SSPGroup,
+        rates: Rates | None = None,
+        *,
+        pieces: int = 1,
+    ) -> OwnedRows:
         """Route the distinct tokens of this rank's chunks, with their counts. Collective over the group.
 
         reader: of B samples, the same B on every rank, each of any length; packed documents count as samples
+        pieces: how many pieces of each sample every rank reads: the reader's samples are then p * B + b (`causal_over_ranks`)
         """
-        batch = reader.num_samples
-        route = Route.build(owners.owner_of(reader.tokens), reader.cu_seqlens, [batch] * group.size, group)
+        batch = reader.num_samples // pieces
+        route = Route.build(owners.owner_of(reader.tokens), reader.cu_seqlens, [pieces * batch] * group.size, group)
         tokens = route.to_owners(reader.tokens, "shared.ids")
         counts = route.to_owners(reader.counts, "shared.counts")
-        by_sample, bounds = route.together(batch)
+        by_sample, bounds = route.together(batch, pieces)
         merged = UniqueSpace.from_packed(tokens[by_sample], bounds)
         space = UniqueSpace.of_occurrences(merged.tokens, cu_seqlens=merged.cu_seqlens)
-        totals = segment_total(counts[by_sample], merged)
+        counts = counts[by_sample]
+        totals = torch.zeros_like(merged.counts).index_add(0, merged.inverse, counts)  # exact beyond what a float holds
         repeats = (totals > 1).any().long()
         known = torch.cat([merged.cu_seqlens.long(), repeats[None]])
         gathered = (
@@ -73,9 +85,11 @@ class OwnedRows:
             route,
             by_sample,
             merged,
+            counts,
             gathered[:, :-1],
             bool(gathered[:, -1].any()),
             rates,
+            pieces,
         )
 
     @property
@@ -99,13 +113,28 @@ class OwnedRows:
 
     def to_readers(self, rows: Tensor, name: str) -> Tensor:
         """Owned rows (U_n, ...) to every reader's rows (U, ...), each once per reader that holds its token. Collective."""
-        received = expand(rows, self.merged.segments)
+        return self._send_back(expand(rows, self.merged.segments), name)
+
+    def numbers_to_readers(self, numbers: Tensor, name: str) -> Tensor:
+        """`to_readers` of integers (U_n,)."""
+        return self._send_back(numbers[self.merged.inverse], name)
+
+    def _send_back(self, received: Tensor, name: str) -> Tensor:
         unsorted = received.new_empty(received.shape).index_copy(0, self.by_sample, received)
         return self.route.to_readers(unsorted, name)
 
     def to_positions(self, rows: Tensor, name: str = "rows") -> Tensor:
         """Owned rows (U_n, ...) to the positions of this rank's chunks, as `UniqueSpace.expand`. Collective."""
         return self.reader.expand(self.to_readers(rows, name))
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Rows of all ranks, gathered in rank order, brought together by sample: (order (U,) int64, cu_seqlens (B + 1,) int32)."""
+        sizes = self.everybody.diff(dim=1)
+        sample = torch.arange(sizes.shape[1]).repeat(sizes.shape[0])
+        order = torch.repeat_interleave(sample, sizes.reshape(-1)).argsort(stable=True)
+        bounds = torch.zeros(sizes.shape[1] + 1, dtype=torch.int32)
+        torch.cumsum(sizes.sum(0), 0, out=bounds[1:])
+        return order.to(self.space.tokens.device), bounds.to(self.space.tokens.device)
 
     def fold(self, sides: Sides, normaliser: Normaliser, dtype: torch.dtype) -> RowWeights:
         """Per-occurrence sides of every rank's chunks, packed (M, ...), folded onto the owned rows. Collective.
@@ -129,8 +158,3 @@ class OwnedRows:
             return RowWeights(segment_sum(weight, segments), None if term is None else segment_sum(term, segments))
         folded = None if term is None else self.merged.fold_value_term(term, weight)
         return RowWeights(segment_logsumexp(weight, self.merged.segments), folded)
-
-
-def segment_total(counts: Tensor, space: UniqueSpace) -> Tensor:
-    """Integer counts (members,) summed onto rows (U,) int64: exact beyond what a float holds."""
-    return torch.zeros_like(space.counts).index_add(0, space.inverse, counts)

@@ -78,7 +78,7 @@ def ring_attention(
         many = circulates(sum(rows) * sum(widths), 2 * pairs, group.size, rates)
         exchange = "ring" if many else "all_gather"
     if exchange == "all_gather":
-        order, together = _by_sample(owned, q.device)
+        order, together = owned.together()
         k, v = (
             all_gather_rows(x, rows, group, f"ring.{name}").index_select(0, order)
             for name, x in (("keys", k), ("values", v))
@@ -139,13 +139,3 @@ def _pairs(owned: OwnedRows) -> float:
     """Query-key pairs of the average rank."""
     sizes = owned.everybody.diff(dim=1).double().sum(0)
     return float(sizes.square().sum()) / owned.group.size
-
-
-def _by_sample(owned: OwnedRows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of all ranks, gathered in rank order, brought together by sample: (order (U,), cu_seqlens (B + 1,) int32)."""
-    sizes = owned.everybody.diff(dim=1)
-    sample = torch.arange(sizes.shape[1]).repeat(sizes.shape[0])
-    order = torch.repeat_interleave(sample, sizes.reshape(-1)).argsort(stable=True)
-    together = torch.zeros(sizes.shape[1] + 1, dtype=torch.int32)
-    torch.cumsum(sizes.sum(0), 0, out=together[1:])
-    return order.to(device), together.to(device)
