@@ -129,8 +129,10 @@ def prepare(
         return None
     mpu = model.mpu() if isinstance(model, PipelineModule) else mpu
     _refuse(block, config, mpu, mesh)
-    group = create_groups(block.size, mpu)
-    conversion = convert(model, block, group, _sequence_group(mpu) if block.layout == "sequence" else None)
+    sequence_group = _sequence_group(mpu) if block.layout == "sequence" else None
+    size = sequence_group.size if block.size is None and sequence_group is not None else block.size
+    group = create_groups(size, mpu)
+    conversion = convert(model, block, group, sequence_group)
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) >= 2 or zero.get("overlap_comm"):
         _call_alike_on_every_rank(model)

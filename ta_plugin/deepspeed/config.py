@@ -45,9 +45,9 @@ class TokenizedAttentionConfig(DeepSpeedConfigModel):
     """The block. Writing it turns the plugin on; every key may be "auto", which is its default.
 
     enabled:          false leaves model and engine as they are
-    size:             ranks of an SSP group; by default all data-parallel ranks
+    size:             ranks of an SSP group; by default all data-parallel ranks, with layout "sequence" those of Ulysses' group
     layout:           "sample": each rank reads its own samples; "sequence": the ranks of Ulysses' group read chunks of the same
-    strategy:         of every TokenizedAttention: "gather", "owner" or "positions"; by default what each was built with
+    strategy:         of every TokenizedAttention: "gather", "owner", "ring" or "positions"; by default what each was built with
     backend:          of `weighted_attention`, likewise
     shard_embeddings: shard an nn.Embedding that only TokenizedAttention modules use, and ShardedTokenEmbedding tables built whole
     embeddings:       patterns of names of further nn.Embedding modules to shard, looked up by ids of any shape ("encoder.tok*")
@@ -64,7 +64,7 @@ class TokenizedAttentionConfig(DeepSpeedConfigModel):
     enabled: bool = True
     size: int | None = Field(default=None, ge=1)
     layout: Literal["sample", "sequence"] = "sample"
-    strategy: Literal["gather", "owner", "positions"] | None = None
+    strategy: Literal["gather", "owner", "ring", "positions"] | None = None
     backend: str | None = None
     shard_embeddings: bool = True
     embeddings: list[str] = Field(default=[])

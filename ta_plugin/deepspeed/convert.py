@@ -61,11 +61,13 @@ def convert(
     _shard_tables(model, block, done)
     _shard_named_embeddings(model, block, done)
     for name, module in _attentions(model):
-        module.regroup(group)
         module.strategy = block.strategy or module.strategy
+        module.regroup(group, block.layout)
         module.scoring = replace(module.scoring, backend=block.backend or module.scoring.backend)
         backend = module.scoring.backend or "chosen per call"
-        done.changed.append((name, f"TokenizedAttention, strategy {module.strategy}, backend {backend}"))
+        done.changed.append(
+            (name, f"TokenizedAttention, layout {module.layout}, strategy {module.strategy}, backend {backend}")
+        )
     for name, module in model.named_modules():
         own = TokenizedAttention | ShardedTokenEmbedding
         if not isinstance(module, own) and callable(getattr(module, "regroup", None)):
@@ -90,11 +92,24 @@ def _place_ulysses(model: nn.Module, block: TokenizedAttentionConfig, group: SSP
             else:
                 module.set_group(group, block.backend)
                 done.changed.append((name, f"local attention of Ulysses over {group.size} rank(s)"))
-        elif group is not None and isinstance(module, TokenizedAttention):
-            raise ValueError(
-                f'{name} is a TokenizedAttention, and {BLOCK}.layout is "sequence": it would take a chunk for a whole sample; use '
-                'TokenizedUlyssesAttention there, or the "sample" layout'
-            )
+        elif isinstance(module, TokenizedAttention):
+            _check_layout(name, module, block, group, done.group)
+
+
+def _check_layout(
+    name: str, module: TokenizedAttention, block: TokenizedAttentionConfig, sequence: SSPGroup | None, group: SSPGroup
+) -> None:
+    """What a rank reads must be what its attention takes it for."""
+    if sequence is None and module.layout == "sequence":
+        raise ValueError(
+            f'{name} has layout "sequence", and {BLOCK}.layout is "sample": it would take a whole sample for a chunk; write '
+            '"layout": "sequence"'
+        )
+    if sequence is not None and sequence.ranks != group.ranks:
+        raise ValueError(
+            f"{name} is a TokenizedAttention over chunks on ranks {sequence.ranks}, but {BLOCK}.size makes its SSP group "
+            f"{group.ranks}; leave size out, or set it to {sequence.size}"
+        )
 
 
 def _check_backend(block: TokenizedAttentionConfig, group: SSPGroup) -> None:

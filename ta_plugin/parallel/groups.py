@@ -38,6 +38,11 @@ class SSPGroup:
         return self.size * self.num_replicas
 
     @property
+    def ranks(self) -> list[int]:
+        """The global ranks of the group."""
+        return dist.get_process_group_ranks(self.group) if self.group is not None else [0]
+
+    @property
     def device(self) -> torch.device:
         """Where this rank's payloads live."""
         if self._device is not None:
