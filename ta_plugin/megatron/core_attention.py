@@ -17,12 +17,14 @@ from ta_plugin.attention.layers import cross_attention
 from ta_plugin.megatron.plan import layout_of
 from ta_plugin.megatron.refusals import check_layer
 from ta_plugin.parallel import SSPGroup, all_gather_rows
+from ta_plugin.strategies import ring_attention
 
 
 class TokenizedCoreAttention(MegatronModule):
     """Bidirectional attention of each sample's distinct rows onto each other, each key weighted by its multiplicity.
 
-    Under context parallelism every rank holds a part of the rows; keys and values are gathered over the group.
+    Under context parallelism every rank holds a part of the rows; keys and values are gathered over the group. In layout "sequence"
+    a rank's part are the rows it owns, and keys and values circulate (`strategies.ring_attention`).
 
     Constructed by Megatron's SelfAttention, with keywords. Raises ValueError for what would not be exact (`refusals`).
     """
@@ -69,6 +71,10 @@ class TokenizedCoreAttention(MegatronModule):
             raise ValueError(
                 "attention_bias is given to a tokenized layer; biases between positions do not fold, pass None"
             )
+        if layout.owned is not None:
+            rows = (x[: layout.rows] for x in (query, key, value))
+            out, _lse = ring_attention(layout.owned, *rows, scoring=self.scoring)
+            return layout.pad(out.flatten(1))
         space, size = layout.space, self.context.size
         keys = all_gather_rows(key, [layout.local] * size, self.context, "keys")[: space.num_rows]
         values = all_gather_rows(value, [layout.local] * size, self.context, "values")[: space.num_rows]

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ta_plugin.megatron.plan import RowLayout
+from ta_plugin.routing import Route
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -28,7 +30,7 @@ class LabelledRows:
     @classmethod
     def of(cls, labels: Tensor, layout: RowLayout, vocab_size: int) -> LabelledRows:
         """Labels (B, L) int64, negative where there is none. Raises ValueError for labels that are no id."""
-        _check(labels, layout, vocab_size)
+        check_labels(labels, layout.space.num_samples, layout.space.padded_length, vocab_size)
         packed = layout.space.pack(labels)
         row = layout.space.inverse - layout.first
         keep = (packed >= 0) & (row >= 0) & (row < layout.rows)
@@ -36,9 +38,30 @@ class LabelledRows:
         return cls._or_one(pairs.tokens // vocab_size, pairs.tokens % vocab_size, pairs.counts)
 
     @classmethod
+    def of_chunks(cls, labels: Tensor, layout: RowLayout, vocab_size: int) -> LabelledRows:
+        """Labels (B, L) int64 of this rank's chunks, at the owners of the rows they belong to. Collective over context parallelism.
+
+        Distinct pairs travel, three integers each; hidden rows stay where they are.
+        """
+        owned = layout.owned
+        assert owned is not None
+        reader, group = owned.reader, owned.group
+        packed = reader.pack(labels)
+        keep = packed >= 0
+        pairs = UniqueSpace.from_packed(reader.inverse[keep] * vocab_size + packed[keep])
+        row = pairs.tokens // vocab_size
+        here = torch.arange(layout.rows, device=labels.device)
+        there = owned.numbers_to_readers(here, "labels.rows")[row]
+        route = Route.build(owned.owner_of_reader_rows()[row], pairs.cu_seqlens, [1] * group.size, group)
+        mine = route.to_owners(torch.stack([there, pairs.tokens % vocab_size, pairs.counts], 1), "labels")
+        merged = UniqueSpace.from_packed(mine[:, 0] * vocab_size + mine[:, 1])
+        counts = torch.zeros_like(merged.counts).index_add(0, merged.inverse, mine[:, 2])
+        return cls._or_one(merged.tokens // vocab_size, merged.tokens % vocab_size, counts)
+
+    @classmethod
     def of_positions(cls, labels: Tensor, layout: RowLayout, vocab_size: int) -> LabelledRows:
         """The same for hidden states over positions (L, B): each labelled occurrence by itself; rows count l * B + b."""
-        _check(labels, layout, vocab_size)
+        check_labels(labels, layout.space.num_samples, layout.space.padded_length, vocab_size)
         length = torch.arange(labels.shape[1], device=labels.device)
         keep = (labels >= 0) & (length < layout.space.cu_occurrences.diff()[:, None])
         slots = keep.T.reshape(-1).nonzero().squeeze(1)
@@ -61,14 +84,20 @@ def count_labels(labels: Tensor, lengths: Tensor) -> Tensor:
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def loss_function(labels: Tensor, lengths: Tensor, *, context_parallel_size: int = 1) -> LossFunction:
+def loss_function(
+    labels: Tensor, lengths: Tensor, *, context_parallel_size: int = 1, chunks_on: dist.ProcessGroup | None = None
+) -> LossFunction:
     """What a forward step returns beside the model's losses (P,): Megatron's three-part loss.
 
     Gives the sum of losses and the number of labels, of which Megatron takes the quotient (per microbatch, or over the global
     batch with calculate_per_token_loss), and {"lm loss": (sum, count)} to report. Under context parallelism each rank holds the
     losses of its rows but knows the count of all, so the sum is scaled by the size that Megatron will divide by.
+
+    chunks_on: layout "sequence": the context-parallel group, whose ranks each hold the labels of their chunks. Collective then
     """
     total = count_labels(labels, lengths)
+    if chunks_on is not None:
+        dist.all_reduce(total, group=chunks_on)
 
     def reduce(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mine = losses.sum()
@@ -78,8 +107,9 @@ def loss_function(labels: Tensor, lengths: Tensor, *, context_parallel_size: int
     return reduce
 
 
-def _check(labels: Tensor, layout: RowLayout, vocab_size: int) -> None:
-    expected = (layout.space.num_samples, layout.space.padded_length)
+def check_labels(labels: Tensor, batch: int, length: int | None, vocab_size: int) -> None:
+    """Labels (B, L) int64 below vocab_size. Raises ValueError."""
+    expected = (batch, length)
     if labels.dtype != torch.int64 or tuple(labels.shape) != expected:
         raise ValueError(f"labels is {labels.dtype} of shape {tuple(labels.shape)}; pass int64 of shape {expected}")
     if labels.numel() and int(labels.max()) >= vocab_size:

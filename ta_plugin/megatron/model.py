@@ -19,10 +19,13 @@ from ta_plugin.checks import check_tokens
 from ta_plugin.megatron.embedding import SSPTokenEmbedding
 from ta_plugin.megatron.layer_specs import get_block_spec, get_tokenized_layer_spec
 from ta_plugin.megatron.layers import PositionTransformerLayer
-from ta_plugin.megatron.loss import LabelledRows
+from ta_plugin.megatron.loss import LabelledRows, check_labels
 from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, layout_of, plan_microbatch
 from ta_plugin.megatron.refusals import check_model
-from ta_plugin.parallel import exchange_header
+from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.routing import PermutedRows
+from ta_plugin.strategies import Layout, OwnedRows
+from ta_plugin.unique_space import UniqueSpace
 
 
 class TokenizedModel(LanguageModule):
@@ -32,6 +35,8 @@ class TokenizedModel(LanguageModule):
     layer_spec:   what TransformerBlock takes: get_tokenized_layer_spec (the default), or get_mixed_block_spec
     vocab_size:   ids of tokens and labels lie below it; tensor parallelism divides it
     pg_collection: with an SSP group attached (`SSPGroups.attach`), the table is sharded over it; otherwise it is whole
+    layout:       "sample": every context-parallel rank is given whole samples. "sequence": each is given its chunks of them, of any
+                  lengths; rows are then owned by hash of their token, and keys and values circulate between the owners
     row_multiple: rows are padded to this multiple per rank: fewer distinct shapes for the allocator
     row_capacity: rows are padded to this number per microbatch: one shape, for CUDA graphs and for pipelines without
                   variable_seq_lengths, whose schedule is then called with seq_length=row_capacity and micro_batch_size=1
@@ -54,6 +59,7 @@ class TokenizedModel(LanguageModule):
         row_capacity: int | None = None,
         vocab_divisible_by: int = 128,
         embedding_seed: int = 0,
+        layout: Layout = "sample",
     ) -> None:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
@@ -65,6 +71,14 @@ class TokenizedModel(LanguageModule):
             )
         self.vocab_size, self.row_multiple, self.row_capacity = vocab_size, row_multiple, row_capacity
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        if layout not in ("sample", "sequence"):
+            raise ValueError(f"layout is {layout!r}; pass 'sample' or 'sequence'")
+        self.layout: Layout = layout
+        self.context = SSPGroup(self.cp_group if self.cp_group.size() > 1 else None)
+        rows = -(-vocab_size // vocab_divisible_by) * vocab_divisible_by
+        self.owners = PermutedRows(
+            rows, self.context.size
+        )  # the table's own ownership where SSP and CP are the same ranks
         self.share_embeddings_and_output_weights = False  # rows of the table lie with their owners
         self.model_type = ModelType.encoder_or_decoder
         spec = get_tokenized_layer_spec(config) if layer_spec is None else layer_spec
@@ -92,10 +106,16 @@ class TokenizedModel(LanguageModule):
             self.output_layer.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
 
     def plan(self, tokens: Tensor, lengths: Tensor) -> TokenizedSeqParams:
-        """What the layers of a microbatch need to know; `forward` makes it unless it is given."""
+        """What the layers of a microbatch need to know; `forward` makes it unless it is given.
+
+        Collective over context parallelism in layout "sequence".
+        """
         multiple = self.row_multiple
         if self.config.sequence_parallel:
             multiple *= self.tp_group.size()
+        if self.layout == "sequence":
+            owned = OwnedRows.of(UniqueSpace.from_padded(tokens, lengths), self.owners, self.context)
+            return TokenizedSeqParams.of(RowLayout.of_owned(owned, multiple=multiple, capacity=self.row_capacity))
         return plan_microbatch(
             tokens,
             lengths,
@@ -115,7 +135,8 @@ class TokenizedModel(LanguageModule):
         plan: TokenizedSeqParams | None = None,
         rotary_pos_emb: Tensor | None = None,
     ) -> Tensor:
-        """One microbatch: tokens (B, L) int64 and lengths (B,) int64, the same on every rank of TP, CP and PP.
+        """One microbatch: tokens (B, L) int64 and lengths (B,) int64, the same on every rank of TP, CP and PP; in layout "sequence"
+        those of this CP rank's chunks, the same on every rank of TP and PP.
 
         labels: (B, L) int64, what each occurrence shall predict, negative for nothing. On the last stage -> losses (P,) fp32 of
                 the distinct (row, label) pairs, each times its number of occurrences; see `loss_function`
@@ -126,7 +147,7 @@ class TokenizedModel(LanguageModule):
 
         Collective over SSP, TP, CP and EP. Ids that are negative or not below vocab_size raise ValueError on every rank of SSP.
         """
-        plan = self._agreed_plan(tokens, lengths, plan)
+        plan = self._agreed_plan(tokens, lengths, labels, plan)
         layout = layout_of(plan)
         hidden = self.decoder(
             hidden_states=self.embedding(layout) if self.pre_process else None,
@@ -139,31 +160,47 @@ class TokenizedModel(LanguageModule):
         if labels is not None:
             return self._losses(hidden, labels, layout)
         assert select is not None
-        return self._logits(self._rows(hidden), self._selected(select, layout))
+        rows = self._rows(hidden)
+        if layout.owned is not None:
+            rows = layout.owned.to_readers(rows[: layout.rows], "selected")
+        return self._logits(rows, self._selected(select, layout))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """What the pipeline schedule received from the stage before."""
         received = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(received[0])
 
-    def _agreed_plan(self, tokens: Tensor, lengths: Tensor, plan: TokenizedSeqParams | None) -> TokenizedSeqParams:
+    def _agreed_plan(
+        self, tokens: Tensor, lengths: Tensor, labels: Tensor | None, plan: TokenizedSeqParams | None
+    ) -> TokenizedSeqParams:
+        shared = self.layout == "sequence"
         error: Exception | None = None
         try:
             check_tokens("tokens", tokens, tokens.device, self.vocab_size, lengths)
-            plan = self.plan(tokens, lengths) if plan is None else plan
+            if shared and labels is not None:
+                check_labels(labels, *tokens.shape, self.vocab_size)
+            plan = self.plan(tokens, lengths) if plan is None and not shared else plan
         except ValueError as failure:
             error = failure
-        if self.pre_process:
-            exchange_header(
-                self.embedding.group, [], error
-            )  # what is wrong on one rank raises on all that exchange rows
-        elif error is not None:
+        exchanging = [self.embedding.group] if self.pre_process else []
+        for group in [*exchanging, *([self.context] if shared else [])]:
+            try:  # what is wrong on one rank raises on all that exchange rows
+                batches = exchange_header(group, [tokens.shape[0]], error)
+            except ValueError as failure:
+                error = failure
+        if error is not None:
             raise error
-        assert plan is not None
-        return plan
+        if shared and batches != [batches[0]] * self.context.size:
+            raise ValueError(
+                f"tokens hold {[b for (b,) in batches]} samples on the context-parallel ranks; give each its chunks of the same samples, "
+                "empty ones with length 0"
+            )
+        return self.plan(tokens, lengths) if plan is None else plan
 
     def _losses(self, hidden: Tensor, labels: Tensor, layout: RowLayout) -> Tensor:
         of = LabelledRows.of_positions if self.ends_in_positions else LabelledRows.of
+        if layout.owned is not None:
+            of = LabelledRows.of_chunks
         pairs = of(labels, layout, self.vocab_size)
         logits = self._logits(self._rows(hidden), pairs.rows)
         losses = self.compute_language_model_loss(pairs.labels[None], logits[:, None].contiguous())
@@ -183,11 +220,11 @@ class TokenizedModel(LanguageModule):
         return logits[:, 0]
 
     def _selected(self, select: Tensor, layout: RowLayout) -> Tensor:
-        space = layout.space
-        if self.cp_group.size() > 1:
+        space = layout.space if layout.owned is None else layout.owned.reader
+        if self.cp_group.size() > 1 and layout.owned is None:
             raise ValueError(
                 f"select is given under context parallel size {self.cp_group.size()}, where each rank holds a part of the rows; "
-                "evaluate with context parallel size 1"
+                "evaluate with context parallel size 1, or in layout 'sequence'"
             )
         if select.dtype != torch.bool or tuple(select.shape) != (space.num_samples, space.padded_length):
             raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ta_plugin.strategies import OwnedRows
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -15,13 +16,16 @@ from ta_plugin.unique_space import UniqueSpace
 class RowLayout:
     """How the U distinct rows of a microbatch lie in the layers: padded to P = parts * local rows, one part per CP rank.
 
-    space: the distinct rows of all samples, the same on every rank of the context-parallel group
+    space: the distinct rows of all samples, the same on every rank of the context-parallel group; with `owned` the rows that
+           this rank owns, which are its part
     first: the first row of this rank's part; local: rows in each part, padding included
+    owned: where the context-parallel ranks read chunks of the samples: the way to the rows of the others, and to the readers
     """
 
     space: UniqueSpace
     first: int
     local: int
+    owned: OwnedRows | None = None
 
     @classmethod
     def of(
@@ -45,6 +49,23 @@ class RowLayout:
                 )
             local = capacity // parts
         return cls(space, part * local, local)
+
+    @classmethod
+    def of_owned(cls, owned: OwnedRows, *, multiple: int = 1, capacity: int | None = None) -> RowLayout:
+        """The rows that this rank owns, padded to a multiple of `multiple`, or to its part of `capacity`.
+
+        Raises ValueError on every rank of the group when some rank's rows do not fit.
+        """
+        parts = owned.group.size
+        if capacity is not None:
+            busiest = max(owned.rows_of_ranks)
+            if capacity % (parts * multiple) or busiest > capacity // parts:
+                raise ValueError(
+                    f"row_capacity is {capacity} for {parts} context-parallel ranks, the busiest of which owns {busiest} distinct rows; "
+                    f"make it a multiple of {parts * multiple} and raise it above {parts * busiest}, or make microbatches smaller"
+                )
+            return cls(owned.space, 0, capacity // parts, owned)
+        return replace(cls.of(owned.space, multiple=multiple), owned=owned)
 
     @property
     def rows(self) -> int:

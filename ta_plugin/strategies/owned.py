@@ -115,6 +115,13 @@ class OwnedRows:
         """Owned rows (U_n, ...) to every reader's rows (U, ...), each once per reader that holds its token. Collective."""
         return self._send_back(expand(rows, self.merged.segments), name)
 
+    def owner_of_reader_rows(self) -> Tensor:
+        """(U,) int64: the rank that owns each of the reader's rows."""
+        device = self.reader.tokens.device
+        ranks = torch.arange(self.group.size, device=device)
+        owner = torch.repeat_interleave(ranks, torch.tensor(self.route.send, device=device))
+        return torch.empty_like(owner).index_copy(0, self.route.order, owner)
+
     def numbers_to_readers(self, numbers: Tensor, name: str) -> Tensor:
         """`to_readers` of integers (U_n,)."""
         return self._send_back(numbers[self.merged.inverse], name)

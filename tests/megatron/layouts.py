@@ -45,6 +45,7 @@ class Layout:
     tokenized_layers: int | None = None  # None: all
     causal_top: bool = False
     bf16: bool = False
+    chunks: tuple[int, ...] | None = None  # layout "sequence": how many positions each context-parallel rank reads
     sizes: Sizes = field(default_factory=Sizes)
 
 
@@ -81,7 +82,18 @@ class Run:
 
     def _forward(self, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         tokens, lengths, labels = next(iterator)
+        if self.layout.chunks is not None:
+            tokens, lengths, labels = self._chunk(tokens, lengths, labels)
+            reduce = loss_function(labels, lengths, context_parallel_size=self.layout.cp, chunks_on=self.groups.cp)
+            return model(tokens, lengths, labels), reduce
         return model(tokens, lengths, labels), loss_function(labels, lengths, context_parallel_size=self.layout.cp)
+
+    def _chunk(self, tokens: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+        sizes, rank = self.layout.chunks, self.groups.cp.rank()
+        assert sizes is not None
+        first = sum(sizes[:rank])
+        mine = slice(first, first + sizes[rank])
+        return [tokens[:, mine], (lengths - first).clamp(0, sizes[rank]), labels[:, mine]]
 
     def _loss(self, reports: list[dict[str, torch.Tensor]]) -> float | None:
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -179,6 +191,7 @@ def build(layout: Layout, groups: ProcessGroupCollection) -> Run:
             row_multiple=layout.row_multiple,
             row_capacity=layout.row_capacity,
             vocab_divisible_by=8,
+            layout="sample" if layout.chunks is None else "sequence",
         )
         fill(model, layout)
         chunks.append(Float16Module(config, model) if layout.bf16 else model)
