@@ -79,9 +79,9 @@ def causal_attention(
     chunk:  positions per chunk, or the `CausalChunks` of this space built once for all layers; by default what `choose_chunk` says
     backend: as for `weighted_attention`
 
-    Returns out (M, H, Dv) in v's dtype, and with return_lse lse (M, H), biases included, float32 or wider. Beside inputs and outputs, memory
-    holds the keys of one group of chunks at their positions and prefix weights no larger than k; backward builds both anew, and sums the
-    gradients of k and v in float32 or wider. Raises ValueError for inputs that do not fit the space.
+    Returns out (M, H, Dv) in v's dtype, and with return_lse lse (M, H), biases included, float32 or wider. Beside inputs and outputs,
+    memory holds the keys of one group of chunks at their positions and prefix weights no larger than k; backward builds both anew, and sums
+    the gradients of k and v in float32 or wider. Raises ValueError for inputs that do not fit the space.
     """
     _check(space, q, k, v, decay, times, chunk)
     if space.num_occurrences == 0:
