@@ -1,8 +1,22 @@
 """Attention over distinct tokens: the kernel contracts and the layers composed from them."""
 
+from ta_plugin.attention.causal import alibi_slopes, causal_attention
+from ta_plugin.attention.chunk_cost import choose_chunk
+from ta_plugin.attention.chunks import CausalChunks
 from ta_plugin.attention.layers import cross_attention, self_attention, target_attention
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.weighted import weighted_attention
 
-__all__ = ["Scoring", "cross_attention", "merge", "self_attention", "target_attention", "weighted_attention"]
+__all__ = [
+    "CausalChunks",
+    "Scoring",
+    "alibi_slopes",
+    "causal_attention",
+    "choose_chunk",
+    "cross_attention",
+    "merge",
+    "self_attention",
+    "target_attention",
+    "weighted_attention",
+]

@@ -1,0 +1,289 @@
+"""Causal attention of every position onto all before it, with keys and values held once per distinct token (DESIGN section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ta_plugin.attention.chunk_cost import choose_chunk
+from ta_plugin.attention.chunks import CausalChunks, Group
+from ta_plugin.attention.merge import merge
+from ta_plugin.attention.prefix import Decay, PrefixCounts, PrefixDecay
+from ta_plugin.attention.weighted import weighted_attention
+from ta_plugin.ops.connect import connect
+from ta_plugin.unique_space import UniqueSpace
+
+
+@overload
+def causal_attention(
+    space: UniqueSpace,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = ...,
+    times: Tensor | None = ...,
+    scale: float | None = ...,
+    chunk: int | CausalChunks | None = ...,
+    backend: str | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def causal_attention(
+    space: UniqueSpace,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = ...,
+    times: Tensor | None = ...,
+    scale: float | None = ...,
+    chunk: int | CausalChunks | None = ...,
+    backend: str | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def causal_attention(
+    space: UniqueSpace,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    times: Tensor | None = None,
+    scale: float | None = None,
+    chunk: int | CausalChunks | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out_i = sum_{j <= i} softmax_j(scale * q_i.k(t_j) - decay * (time_i - time_j)) v(t_j) over each sample's occurrences j.
+
+    Equal to plain causal attention over positions wherever equal tokens have equal keys and values. Work per head is about
+    M * U / (1 + beta) + M * chunk / 2 query-key pairs, U growing like M ** beta, instead of M ** 2 / 2.
+
+    space:  of B samples (documents), M occurrences and U distinct rows
+    q:      (M, H, D), a query per occurrence, packed sample by sample in order (`space.pack` packs a padded grid)
+    k, v:   (U, Hk, D), (U, Hk, Dv), the rows of `space`; Hk divides H
+    decay:  (H,) floating, per head: ALiBi slopes (`alibi_slopes`), or learned; gradients flow to it
+    times:  (M,) non-decreasing within each sample, what the decay counts; the position within the sample by default. Weights are
+            formed in float32 (float64 for float64): decay times a chunk's span of time is best kept below about 1e4
+    scale:  D ** -0.5 by default
+    chunk:  positions per chunk, or the `CausalChunks` of this space built once for all layers; by default what `choose_chunk` says
+    backend: as for `weighted_attention`
+
+    Returns out (M, H, Dv) in v's dtype, and with return_lse lse (M, H), biases included, float32 or wider. Beside inputs and outputs,
+    memory holds the keys of one group of chunks at their positions and prefix weights no larger than k; backward builds both anew, and sums
+    the gradients of k and v in float32 or wider. Raises ValueError for inputs that do not fit the space.
+    """
+    _check(space, q, k, v, decay, times, chunk)
+    if space.num_occurrences == 0:
+        out, lse = q.new_zeros(*q.shape[:2], v.shape[2], dtype=v.dtype), q.new_zeros(q.shape[:2], dtype=_wide(q))
+        out, lse = connect(out, q, k, v, decay), connect(lse, q, k, v, decay)
+        return (out, lse) if return_lse else out
+    if chunk is None:
+        chunk = choose_chunk(space, q.shape[1], q.shape[2], q.device, decay is not None).size
+    chunks = chunk if isinstance(chunk, CausalChunks) else CausalChunks.of(space, chunk)
+    if decay is not None and times is None:
+        times = space.positions()
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    out, lse = _Causal.apply(q, k, v, decay, _Call(chunks, times, scale, backend))
+    return (out, lse) if return_lse else out
+
+
+def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
+    """(num_heads,) float32 slopes of ALiBi (Press et al. 2022, section 3): 2 ** (-8 n / H), n = 1 .. H.
+
+    For a number of heads that is no power of two, those of the power below it and every other one of the power above.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * n / power) for n in range(1, power + 1)]
+    slopes += [2.0 ** (-4 * n / power) for n in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor(slopes, device=device)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call holds besides tensors that have gradients."""
+
+    chunks: CausalChunks
+    times: Tensor | None
+    scale: float
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One group's inputs: what the prefix weights and the biases within the chunks are.
+
+    weights:    (chunks, rows) or (chunks, rows, H), None without anything before; derivative: of them by the decay, where asked
+    bias, ages: (queries, H) and (queries,), None without decay
+    """
+
+    group: Group
+    weights: Tensor | None
+    derivative: Tensor | None
+    bias: Tensor | None
+    ages: Tensor | None
+
+
+def _parts(q: Tensor, k: Tensor, decay: Tensor | None, call: _Call, with_derivative: bool) -> Iterator[_Part]:
+    """Groups of chunks in order, with their weights: at most as many bytes as the keys, forward and again in backward."""
+    wide = _wide(q)
+    state: PrefixCounts | PrefixDecay
+    if decay is None:
+        state = PrefixCounts(call.chunks, wide)
+    else:
+        assert call.times is not None
+        state = PrefixDecay(call.chunks, wide, Decay(decay, call.times), with_derivative)
+    per_cell = state.cell_tensors * wide.itemsize * (1 if decay is None else q.shape[1])
+    for group in call.chunks.groups(k.numel() * k.element_size() // per_cell):
+        if isinstance(state, PrefixCounts):
+            weights, derivative, bias, ages = state.weights(group), None, None, None
+        else:
+            weights, derivative = state.weights(group)
+            bias, ages = state.bias(group), state.ages(group)
+        yield _Part(group, weights if group.prefixed else None, derivative, bias, ages)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, rows: tuple[Tensor, Tensor] | None, part: _Part, call: _Call):  # type: ignore[no-untyped-def]
+    """One group: q, keys and values at its positions, and the rows k, v that lie before -> out, lse without the queries' own terms."""
+    chunks, group = call.chunks, part.group
+    cu_q, cu_k, cu_chunks = chunks.bounds_of(group)
+    inside = weighted_attention(
+        q,
+        keys,
+        values,
+        part.bias,
+        cu_chunks,
+        cu_chunks,
+        scale=call.scale,
+        causal=True,
+        return_lse=True,
+        backend=call.backend,
+    )
+    if rows is None:
+        return inside
+    before = weighted_attention(
+        q,
+        rows[0],
+        rows[1],
+        part.weights,
+        cu_q,
+        cu_k,
+        scale=call.scale,
+        q_chunk=chunks.chunk_of(group),
+        k_visible=chunks.visible[group.first : group.last],
+        return_lse=True,
+        backend=call.backend,
+    )
+    return merge(torch.stack([before[0], inside[0]]), torch.stack([before[1], inside[1]]))
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+        out = v.new_empty(*q.shape[:2], v.shape[2])
+        lse = torch.empty(q.shape[:2], dtype=_wide(q), device=q.device)
+        for part in _parts(q, k, decay, call, False):
+            group = part.group
+            at = call.chunks.space.inverse[group.queries]
+            rows = None if part.weights is None else (k[group.rows], v[group.rows])
+            got, got_lse = _attend(q[group.queries], k[at], v[at], rows, part, call)
+            out[group.queries] = got
+            lse[group.queries] = got_lse if part.bias is None else got_lse - part.bias
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, decay)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return None, None, None, None, None
+        q, k, v, decay = ctx.saved_tensors
+        call: _Call = ctx.call
+        learned = decay is not None and ctx.needs_input_grad[3]
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (k, v))
+        ddecay = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device) if learned else None
+        for part in _parts(q, k, decay, call, learned):
+            group = part.group
+            at = call.chunks.space.inverse[group.queries]
+            inputs = [x.detach().requires_grad_() for x in (q[group.queries], k[at], v[at])]
+            rows = None
+            if part.weights is not None:
+                inputs += [x[group.rows].detach().requires_grad_() for x in (k, v)]
+                rows = (inputs[3], inputs[4])
+            if ddecay is not None:
+                assert part.bias is not None
+                inputs.append(part.bias.requires_grad_())
+                if part.weights is not None:
+                    inputs.append(part.weights.requires_grad_())
+            with torch.enable_grad():
+                got, got_lse = _attend(inputs[0], inputs[1], inputs[2], rows, part, call)
+            outputs = [(got, dout), (got_lse, dlse)]
+            grads = torch.autograd.grad(
+                [x for x, g in outputs if g is not None],
+                inputs,
+                [g[group.queries] for _, g in outputs if g is not None],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            dq[group.queries] = grads[0]
+            for total, inside in ((dk, grads[1]), (dv, grads[2])):
+                total[group.rows] += call.chunks.fold(inside.to(total.dtype), group)
+            if rows is not None:
+                dk[group.rows] += grads[3]
+                dv[group.rows] += grads[4]
+            if ddecay is not None:
+                assert part.ages is not None
+                of_bias = grads[5 if rows is not None else 3]
+                if dlse is not None:
+                    of_bias = of_bias - dlse[group.queries]
+                ddecay += (of_bias * part.ages[:, None]).sum(0, dtype=torch.float64)
+                if rows is not None:
+                    assert part.derivative is not None
+                    ddecay += (grads[6] * part.derivative).sum((0, 1), dtype=torch.float64)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None if ddecay is None else ddecay.to(decay.dtype), None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _check(
+    space: UniqueSpace,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    times: Tensor | None,
+    chunk: int | CausalChunks | None,
+) -> None:
+    for name, x, rows, what in (
+        ("q", q, space.num_occurrences, "per occurrence"),
+        ("k", k, space.num_rows, "per distinct row"),
+        ("v", v, space.num_rows, "per distinct row"),
+    ):
+        if x.dim() != 3 or x.shape[0] != rows:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; pass ({rows}, heads, head_dim), one row {what}")
+    if decay is not None and (decay.shape != (q.shape[1],) or not decay.is_floating_point()):
+        raise ValueError(f"decay is {decay.dtype} of shape {tuple(decay.shape)}; pass one per head, ({q.shape[1]},)")
+    if times is not None:
+        if decay is None:
+            raise ValueError("times are given without decay; pass decay too, or neither")
+        if times.shape != (space.num_occurrences,):
+            raise ValueError(
+                f"times have shape {tuple(times.shape)}; pass one per occurrence, ({space.num_occurrences},)"
+            )
+    if isinstance(chunk, CausalChunks) and chunk.space is not space:
+        raise ValueError("chunk was built for another space; pass CausalChunks.of(space, size) or the size")
