@@ -4,19 +4,30 @@
 #   bash examples/quickstart.sh                                  MovieLens-100k
 #   bash examples/quickstart.sh --resume                         go on after Ctrl-C
 #   bash examples/quickstart.sh --inter my.inter [--item my.item --class-columns category ...]
+#   bash examples/quickstart.sh --megatron [--train-iters N ...]  through Megatron-core's TransformerBlock instead
 #
-# Options go to examples/recommender/train.py (--help lists them). PROCESSES sets the number of processes (2, or one per GPU).
+# Options go to examples/recommender/train.py, after --megatron to examples/megatron/pretrain_recommender.py (--help lists them).
+# PROCESSES sets the number of processes (2, or one per GPU).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/environment.sh
 make_environment megatron,deepspeed,examples
 
-data=()
+megatron=
+script=examples/recommender/train.py
+if [ "${1:-}" = --megatron ]; then
+  shift
+  megatron=yes
+  script=examples/megatron/pretrain_recommender.py
+fi
+
+options=()
 case " $* " in
   *" --inter "* | *" --help "*) ;;
   *)
     PYTHON=$VENV/bin/python bash examples/movielens.sh data/ml-100k
-    data=(--inter data/ml-100k/ml-100k.inter --item data/ml-100k/ml-100k.item)
+    options=(--inter data/ml-100k/ml-100k.inter)
+    [ "$megatron" ] || options+=(--item data/ml-100k/ml-100k.item)
     ;;
 esac
 
@@ -25,5 +36,6 @@ processes=${PROCESSES:-$((gpus > 1 ? gpus : 2))}
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-exec "$VENV/bin/torchrun" --standalone --nproc-per-node "$processes" examples/recommender/train.py \
-  ${data[@]+"${data[@]}"} "$@"
+[ ! "$megatron" ] || options+=(--ta-ssp-size "$processes" --seq-length 20 --micro-batch-size 64 --train-iters 800 --lr 0.002)
+
+exec "$VENV/bin/torchrun" --standalone --nproc-per-node "$processes" "$script" ${options[@]+"${options[@]}"} "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them: lint, format, types, then pytest. Arguments go to pytest.
+# Installs what the tests need and runs them: lint, format, types, pytest, then the newest hosts (tests/newest.sh). Arguments go to
+# pytest, and leave out the rest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/environment.sh
@@ -13,4 +14,7 @@ if [ $# -eq 0 ]; then
   "$VENV/bin/ruff" format --check .
   "$VENV/bin/mypy"
 fi
-exec "$VENV/bin/python" -m pytest "$@"
+"$VENV/bin/python" -m pytest "$@"
+if [ $# -eq 0 ]; then
+  bash tests/newest.sh
+fi

@@ -23,6 +23,13 @@ def add_ta_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="how many layers, from the first, run on distinct rows; the others are stock layers over positions (default: all)",
     )
     group.add_argument(
+        "--ta-objective",
+        choices=("next", "masked"),
+        default="next",
+        help="of pretrain_gpt.py: the next token (stock causal layers above a sharded table), or masked tokens (tokenized layers below "
+        "bidirectional stock ones)",
+    )
+    group.add_argument(
         "--ta-row-multiple", type=int, default=1, help="pad each rank's distinct rows to this multiple (default: 1)"
     )
     group.add_argument(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
-from ta_plugin.megatron.groups import ssp_group
-
+_NO_PARAMETER: Any = "no parameter"
 _PARTS = ("dense", "owned")  # Megatron chains one optimizer for each bucket of gradients; a stage may lack the second
 
 
@@ -27,27 +27,12 @@ def checkpoint_metadata() -> dict[str, Any]:
 def save_checkpoint(path: str | os.PathLike[str], chunks: Sequence[nn.Module], optimizer: Any, **common: Any) -> None:
     """Save model chunks (wrapped or not), a Megatron optimizer or None, and plain values like the iteration. Collective.
 
-    path: a directory that every rank sees; it is created, and must be empty. Megatron's writer needs CUDA
-
-    Raises ValueError on every rank for the distributed optimizer with pipeline parallelism and SSP > 1 together.
+    path: a directory that every rank sees; it is created, and must hold no checkpoint. Megatron's writer needs CUDA
     """
-    _refuse(chunks, optimizer)
     if dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         raise ValueError(f"path is {path}, which holds a checkpoint already; save into another directory")
     os.makedirs(path, exist_ok=True)
     dist_checkpointing.save({**_state(chunks, optimizer, loading=False), "common": common}, str(path))
-
-
-def _refuse(chunks: Sequence[nn.Module], optimizer: Any) -> None:
-    """What Megatron's writer cannot finish: stages whose distributed optimizers hold different buckets wait for each other."""
-    distributed = any(isinstance(part, DistributedOptimizer) for part in _chained(optimizer))
-    groups: Any = unwrap(chunks[0]).pg_collection
-    ssp, pp = ssp_group(groups).size, groups.pp.size()
-    if distributed and ssp > 1 and pp > 1:
-        raise ValueError(
-            f"the distributed optimizer is in use with pipeline parallel size {pp} and ssp size {ssp}, which cannot be saved yet; "
-            "set use_distributed_optimizer=False, or one of the sizes to 1"
-        )
 
 
 def load_checkpoint(path: str | os.PathLike[str], chunks: Sequence[nn.Module], optimizer: Any) -> dict[str, Any]:
@@ -88,13 +73,14 @@ def _state(chunks: Sequence[nn.Module], optimizer: Any, loading: bool) -> dict[s
     }
     if optimizer is None:
         return dict(models)
-    if loading:
-        for part in _chained(optimizer):
-            _allocate(part)
-    parts = {
-        name: part.sharded_state_dict(models, is_loading=loading, metadata=dict(metadata))
-        for name, part in zip(_PARTS, _chained(optimizer), strict=False)
-    }
+    mine = _chained(optimizer)
+    for part in mine:
+        _allocate(part)
+    counts = [_steps_of(part) for part in mine]
+    parts = {}
+    for name, part in zip(_PARTS, mine, strict=False):
+        with _step_in_empty(part, max(counts)):
+            parts[name] = part.sharded_state_dict(models, is_loading=loading, metadata=dict(metadata))
     return {**models, "optimizer": parts}
 
 
@@ -143,3 +129,27 @@ def _allocate(optimizer: Any) -> None:
             for p in group["params"]:
                 zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state[p] = {"step": torch.zeros(()), **zeros}
+
+
+def _steps_of(optimizer: Any) -> float:
+    """How many steps a torch Adam took; 0 for other optimizers, which keep the number in their groups."""
+    states = optimizer.optimizer.state.values()
+    return max((float(state["step"]) for state in states if torch.is_tensor(state.get("step"))), default=0.0)
+
+
+@contextmanager
+def _step_in_empty(optimizer: Any, steps: float) -> Iterator[None]:
+    """A torch Adam without parameters, as on stages and ranks that own no row, knows the step number inside the block.
+
+    Megatron's distributed optimizer reads the number from the parameters' states, and asserts that there is one; the ranks that
+    have parameters would then wait in the collectives of the save for those that have none.
+    """
+    inner = optimizer.optimizer
+    lacking = isinstance(optimizer, DistributedOptimizer) and isinstance(inner, torch.optim.Adam) and not inner.state
+    if lacking:
+        inner.state[_NO_PARAMETER] = {"step": torch.tensor(steps)}
+    try:
+        yield
+    finally:
+        if lacking:
+            inner.state.pop(_NO_PARAMETER, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
@@ -82,6 +83,34 @@ class TokenizedCoreAttention(MegatronModule):
             space, query[: layout.rows], layout.query_bounds(), keys, values, scoring=self.scoring
         )
         return layout.pad(out.flatten(1))
+
+
+class SDPACoreAttention(MegatronModule):
+    """Attention over positions by torch's scaled_dot_product_attention: Megatron's local DotProductAttention without CUDA."""
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.window_size is not None or getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise ValueError("window_size or softmax_type is set; leave both out, or use use_sdpa=False on a GPU")
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, /, **_: Any) -> Tensor:
+        """query (L, B, H, D), key and value (L, B, Hk, D), attention_mask broadcast to (B, 1, L, L), True where hidden -> (L, B, H * D)."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=~attention_mask, dropout_p=dropout, scale=self.scale, enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class TokenizedSelfAttention(SelfAttention):

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from ta_plugin.megatron.core_attention import TokenizedCoreAttention, TokenizedSelfAttention
+from ta_plugin.megatron.core_attention import SDPACoreAttention, TokenizedCoreAttention, TokenizedSelfAttention
 from ta_plugin.megatron.layers import PositionTransformerLayer, TokenizedTransformerLayer
 from ta_plugin.megatron.moe import MultiplicityRouter
 from ta_plugin.megatron.norm import RowNorm
@@ -57,6 +57,7 @@ def get_mixed_block_spec(
     *,
     causal: bool = False,
     use_transformer_engine: bool | None = None,
+    use_sdpa: bool = False,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -64,6 +65,7 @@ def get_mixed_block_spec(
 
     num_tokenized_layers: of the whole stack; the first stock layer expands the rows
     causal: the stock layers' mask. Rotary positions reach only them when config.no_rope_freq is 1 for the tokenized layers
+    use_sdpa: torch's scaled_dot_product_attention in local stock layers, for a CPU: Megatron's own asks for a CUDA device
 
     Raises ValueError unless 0 <= num_tokenized_layers <= config.num_layers.
     """
@@ -76,7 +78,9 @@ def get_mixed_block_spec(
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     tokenized = get_tokenized_layer_spec(config, use_transformer_engine=engine)
     layers = [
-        tokenized if n < num_tokenized_layers else _position_spec(config, engine, n == num_tokenized_layers, causal)
+        tokenized
+        if n < num_tokenized_layers
+        else _position_spec(config, engine, n == num_tokenized_layers, causal, use_sdpa)
         for n in numbers
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm(engine))
@@ -130,11 +134,13 @@ def _stock_spec(config: TransformerConfig | None, engine: bool) -> ModuleSpec:
     return _with(stock, submodules=slots)
 
 
-def _position_spec(config: TransformerConfig, engine: bool, expands: bool, causal: bool) -> ModuleSpec:
+def _position_spec(config: TransformerConfig, engine: bool, expands: bool, causal: bool, use_sdpa: bool) -> ModuleSpec:
     stock = _stock_spec(config, engine)
     mask = AttnMaskType.padding_causal if causal and engine else AttnMaskType.causal if causal else AttnMaskType.padding
     attention = stock.submodules.self_attention
     attention = _with(attention, params={**attention.params, "attn_mask_type": mask})
+    if use_sdpa and not engine:
+        attention = _with(attention, submodules=replace(attention.submodules, core_attention=SDPACoreAttention))
     return ModuleSpec(
         module=PositionTransformerLayer,
         params={**(stock.params or {}), "expands": expands, "causal": causal},

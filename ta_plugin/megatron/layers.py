@@ -95,3 +95,10 @@ def position_mask(layout: RowLayout, causal: bool) -> Tensor:
     place = torch.arange(length, device=space.tokens.device)
     hidden = (place >= space.cu_occurrences.diff()[:, None])[:, None, None, :].expand(-1, 1, length, -1)
     return hidden | (place > place[:, None]) if causal else hidden
+
+
+def rotary_angles(length: int, dim: int, base: float, device: torch.device) -> Tensor:
+    """(length, 1, 1, dim) float32 angles, as Megatron's RotaryEmbedding gives them to layers (halves rotated together)."""
+    frequencies = base ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angles, angles), -1)[:, None, None, :]

@@ -13,15 +13,16 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from ta_plugin.checks import check_tokens
 from ta_plugin.megatron.embedding import SSPTokenEmbedding
 from ta_plugin.megatron.layer_specs import get_block_spec, get_tokenized_layer_spec
-from ta_plugin.megatron.layers import PositionTransformerLayer
+from ta_plugin.megatron.layers import PositionTransformerLayer, TokenizedTransformerLayer, rotary_angles
 from ta_plugin.megatron.loss import LabelledRows, check_labels
 from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, layout_of, plan_microbatch
-from ta_plugin.megatron.refusals import check_model
+from ta_plugin.megatron.refusals import check_model, check_rotary
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.routing import PermutedRows
 from ta_plugin.strategies import Layout, OwnedRows
@@ -40,6 +41,7 @@ class TokenizedModel(LanguageModule):
     row_multiple: rows are padded to this multiple per rank: fewer distinct shapes for the allocator
     row_capacity: rows are padded to this number per microbatch: one shape, for CUDA graphs and for pipelines without
                   variable_seq_lengths, whose schedule is then called with seq_length=row_capacity and micro_batch_size=1
+    rotary_base: rotary positions with this base in the stock layers of a mixed stack; config.no_rope_freq keeps the others free
     pre_process, post_process, vp_stage: as for GPTModel
 
     Raises ValueError at construction for what would not be exact.
@@ -60,6 +62,7 @@ class TokenizedModel(LanguageModule):
         vocab_divisible_by: int = 128,
         embedding_seed: int = 0,
         layout: Layout = "sample",
+        rotary_base: float | None = None,
     ) -> None:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
@@ -79,12 +82,16 @@ class TokenizedModel(LanguageModule):
         self.owners = PermutedRows(
             rows, self.context.size
         )  # the table's own ownership where SSP and CP are the same ranks
+        self.rotary_base = rotary_base
         self.share_embeddings_and_output_weights = False  # rows of the table lie with their owners
         self.model_type = ModelType.encoder_or_decoder
         spec = get_tokenized_layer_spec(config) if layer_spec is None else layer_spec
         if isinstance(spec, ModuleSpec):
             spec = get_block_spec(config, spec, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+        first_layer = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         check_model(config, row_capacity, mixed=layer_spec is spec)  # only mixed stacks are given as whole blocks
+        if rotary_base is not None:
+            check_rotary(config, [layer.module is TokenizedTransformerLayer for layer in spec.layer_specs], first_layer)
         if pre_process:
             self.embedding = SSPTokenEmbedding(
                 config, vocab_size, groups, divisible_by=vocab_divisible_by, seed=embedding_seed
@@ -143,12 +150,16 @@ class TokenizedModel(LanguageModule):
         select: (B, L) bool, instead of labels -> logits (n, vocab / TP) of the selected occurrences, in order of (b, l)
         Neither, or another stage -> hidden states of the rows, (local, 1, hidden)
 
-        rotary_pos_emb: for the stock layers of a mixed stack
+        rotary_pos_emb: for the stock layers of a mixed stack, instead of what rotary_base gives
 
         Collective over SSP, TP, CP and EP. Ids that are negative or not below vocab_size raise ValueError on every rank of SSP.
         """
         plan = self._agreed_plan(tokens, lengths, labels, plan)
         layout = layout_of(plan)
+        if self.rotary_base is not None and rotary_pos_emb is None:
+            rotary_pos_emb = rotary_angles(
+                tokens.shape[1], self.config.kv_channels, self.rotary_base, device=tokens.device
+            )
         hidden = self.decoder(
             hidden_states=self.embedding(layout) if self.pre_process else None,
             attention_mask=None,

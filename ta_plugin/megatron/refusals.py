@@ -68,6 +68,19 @@ def check_model(config: TransformerConfig, row_capacity: int | None, mixed: bool
         )
 
 
+def check_rotary(config: TransformerConfig, tokenized: list[bool], first: int) -> None:
+    """Refuse rotary positions that would reach tokenized layers; `tokenized` says which of the layers from `first` on are."""
+    free = config.no_rope_freq or [0] * config.num_layers
+    reached = [first + i for i, yes in enumerate(tokenized) if yes and not free[first + i]]
+    if reached:
+        raise ValueError(
+            f"rotary_base is set, and no_rope_freq is {config.no_rope_freq}, so tokenized layers {[n + 1 for n in reached]} would be given "
+            "positions; set config.no_rope_freq to a list with 1 for each tokenized layer and 0 for each stock layer"
+        )
+    if config.rotary_interleaved:
+        raise ValueError("rotary_interleaved is set; rotary_base gives halves rotated together, set it to False")
+
+
 def _check_dropout(config: TransformerConfig) -> None:
     for name in ("attention_dropout", "hidden_dropout"):
         if getattr(config, name):

@@ -12,6 +12,8 @@ from ranks import RankPool
 
 from ta_plugin.megatron import SSPRanks, create_ssp_groups, ssp_group
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize(
     "tensor, pipeline, context, size", [(1, 1, 1, 4), (2, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 4), (2, 1, 2, 2)]

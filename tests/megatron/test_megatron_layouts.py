@@ -56,12 +56,28 @@ LAYOUTS = {
 }
 
 
+# what the newest Megatron-core runs (tests/newest.sh): each kind of parallelism once
+NEWEST = {
+    "ssp4",
+    "tp2-sp-ssp2",
+    "pp2-ssp2",
+    "pp2-interleaved-overlap",
+    "ssp2-replicas2",
+    "cp2-ssp2",
+    "selective-recompute",
+    "moe-ep2-replicas2",
+    "mixed-causal-pp2",
+}
+
+
 @cache
 def dense(sizes: Sizes, causal_from: int | None) -> tuple[list[float], list[float]]:
     return DenseModel(sizes, causal_from).train(STEPS)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.newest] if name in NEWEST else []) for name in LAYOUTS]
+)
 def test_equals_one_dense_process(megatron_ranks: Callable[[int], RankPool], name: str) -> None:
     ranks, layout = LAYOUTS[name]
     losses, norms = dense(layout.sizes, layout.tokenized_layers if layout.causal_top else None)

@@ -18,6 +18,8 @@ from ta_plugin.megatron import TokenizedModel, get_mixed_block_spec, tokenized_l
 from ta_plugin.megatron.core_attention import TokenizedCoreAttention
 from ta_plugin.megatron.refusals import check_layer, check_model, check_positions
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize(
     "changes, named, remedy",

@@ -18,6 +18,8 @@ from ta_plugin.megatron.loss import LabelledRows
 from ta_plugin.megatron.plan import RowLayout
 from ta_plugin.unique_space import UniqueSpace
 
+pytestmark = pytest.mark.newest
+
 
 def rows_seen(layout: Layout) -> tuple[dict[str, set[int]], int, int]:
     """Row counts that reached each kind of module, the distinct rows U, and the occurrences."""
