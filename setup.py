@@ -35,7 +35,9 @@ def compiled_ops() -> dict[str, Any]:
     try:
         from ta_plugin.ops.builder import op_specs
     except ModuleNotFoundError as error:
-        sys.exit(f"building operators needs {error.name} while building: install it, then pip install --no-build-isolation .")
+        sys.exit(
+            f"building operators needs {error.name} while building: install it, then pip install --no-build-isolation ."
+        )
 
     wanted = [spec for spec in op_specs() if spec.wanted_ahead_of_time()]
     if not wanted:

@@ -80,7 +80,9 @@ def gradient_flags(dense: Iterable[Tensor], embedding: Any) -> int:
     """
     if not torch.is_grad_enabled():
         return 0
-    rows = embedding.parameters() if isinstance(embedding, nn.Module) else ()  # may differ in number: each rank has its own
+    rows = (
+        embedding.parameters() if isinstance(embedding, nn.Module) else ()
+    )  # may differ in number: each rank has its own
     trains = getattr(embedding, "trainable", False) or any(p.requires_grad for p in rows)
     return 1 + zlib.crc32(repr([trains, *(p.requires_grad for p in dense)]).encode())
 

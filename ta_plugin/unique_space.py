@@ -158,7 +158,12 @@ class UniqueSpace:
         ends = F.pad(self.segments.offsets, (0, spare), value=self.num_occurrences)
         segments = Segments(self.segments.index, self.segments.order, ends)
         return replace(
-            self, tokens=tokens, counts=counts, cu_seqlens=cu_seqlens, segments=segments, spare_rows=self.spare_rows + spare
+            self,
+            tokens=tokens,
+            counts=counts,
+            cu_seqlens=cu_seqlens,
+            segments=segments,
+            spare_rows=self.spare_rows + spare,
         )
 
     def fill_spare_rows(self, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.utils import log_dist
+from deepspeed.utils.logging import print_dist
 from torch import nn
 
 from ta_plugin.deepspeed.checkpoint import TableCheckpoints
@@ -135,7 +135,7 @@ def prepare(
     if zero.get("stage", 0) >= 2 or zero.get("overlap_comm"):
         _call_alike_on_every_rank(model)
     drop_parameters(optimizer, model_parameters, conversion.replaced)
-    log_dist(str(conversion), ranks=[0])
+    print_dist(str(conversion), ranks=[0])  # DeepSpeed's log hides what is below a warning
     return Activation(block, group, conversion)
 
 

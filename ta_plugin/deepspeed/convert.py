@@ -260,9 +260,7 @@ def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: C
     if isinstance(model, PipelineModule):
         done.left.append(("", f"{BLOCK}.modules has no effect in a pipeline: token ids do not reach later stages"))
         return
-    plan = TokenPlan(
-        block.tokens, block.lengths, done.group, verify=block.verify, row_multiple=block.row_multiple
-    )
+    plan = TokenPlan(block.tokens, block.lengths, done.group, verify=block.verify, row_multiple=block.row_multiple)
     backend = block.backend
     named = [
         (name, module)

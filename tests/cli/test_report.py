@@ -111,7 +111,10 @@ def test_cuda_in_torch_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatc
     assert "is of CUDA 12.9, torch of 13.0" in run()["ta_any"]["detail"]
     monkeypatch.setenv("CUDA_HOME", str(cuda_of_version(tools / "newer", "13.1")))
     facts = run()
-    assert facts["ta_any"]["detail"] == "not built yet; builds on first use, for sm_80, sm_90a, sm_100 (no GPU here to run it)"
+    assert (
+        facts["ta_any"]["detail"]
+        == "not built yet; builds on first use, for sm_80, sm_90a, sm_100 (no GPU here to run it)"
+    )
     assert facts["GPU"]["state"] == "missing" and facts["cpu, torch.float32, head_dim 64"]["detail"].startswith("sdpa")
 
 

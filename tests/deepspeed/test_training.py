@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engines import Model, Setup, batch, build_engine, build_models, dense_loss, gathered, train_dense, train_engine
+from engines import (
+    SGD_RATE,
+    Model,
+    Setup,
+    batch,
+    build_engine,
+    build_models,
+    dense_loss,
+    dense_optimizers,
+    gathered,
+    train_dense,
+    train_engine,
+)
 from torch import nn
 
 
@@ -120,6 +132,65 @@ def skips_with_the_engine(stage: int) -> None:
 
 def test_a_skipped_step_skips_the_rows(engines_on: Any) -> None:
     engines_on(4).run(skips_with_the_engine, 3)  # the stage that checks for overflow in float32 too
+
+
+def trains_in_fp16(stage: int) -> None:
+    """Dynamic loss scaling: steps that overflow skip the rows too, and what is applied follows the dense model."""
+    from deepspeed.accelerator import get_accelerator
+
+    from ta_plugin.deepspeed import initialize
+
+    setup = Setup(stage=stage, clip=0.3, sgd=True, size=2)
+    model, dense = build_models(sgd=True)
+    fp16 = {"enabled": True, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
+    optimizer = torch.optim.SGD(model.parameters(), SGD_RATE)
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = (
+        lambda: True
+    )  # torch computes in fp16 on any CPU; DeepSpeed asks for fast instructions
+    try:
+        engine = initialize(model=model, optimizer=optimizer, config={**setup.config(), "fp16": fp16})[0]
+    finally:
+        del accelerator.is_fp16_supported
+    table = model.attention.embedding_fn
+    references = dense_optimizers(dense, sgd=True)
+    losses, expected, skipped = [], [], 0
+    for step in range(14):
+        before = table.rows.clone()
+        loss = train_engine(engine, Setup(steps=1), first=step)
+        if not engine.was_step_applied():
+            assert torch.equal(table.rows, before)
+            skipped += 1
+            continue
+        losses += loss
+        one = Setup(steps=1, clip=setup.clip)
+        expected += train_dense(dense, one, dist.get_world_size(), first=step, optimizers=references)
+    assert 1 <= skipped <= 10 and engine.skipped_steps == skipped and int(table.steps) == 14 - skipped
+    torch.testing.assert_close(losses, expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(table.to_dense(), dense.attention.embedding_fn.weight.detach(), rtol=0, atol=5e-3)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_with_steps_that_overflow(engines_on: Any, stage: int) -> None:
+    engines_on(2).run(trains_in_fp16, stage)
+
+
+def forgets_on_zero_grad(stage: int) -> None:
+    """What the user's engine.zero_grad() drops, the rows drop with it."""
+    setup = Setup(stage=stage, sgd=True, steps=3)
+    model, dense = build_models(sgd=True)
+    engine = build_engine(model, setup)
+    engine.backward(engine(*batch(7, dist.get_rank())))
+    engine.zero_grad()
+    engine.optimizer.zero_grad()  # gradients that a ZeRO optimizer has taken over already
+    expected = train_dense(dense, setup, world=dist.get_world_size())
+    torch.testing.assert_close(train_engine(engine, setup), expected, rtol=0, atol=1e-5)
+    engine.destroy()
+
+
+def test_zero_grad_forgets_recorded_rows(engines_on: Any) -> None:
+    engines_on(2).run(forgets_on_zero_grad, 0)
 
 
 def row_rate_follows_schedule() -> None:

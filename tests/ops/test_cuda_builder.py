@@ -40,7 +40,9 @@ def test_compiles_links_and_imports(spec: OpSpec) -> None:
     toolkit = cuda_toolkit()
     assert toolkit is not None
     if (toolkit / "bin" / "cuobjdump").is_file():
-        listed = subprocess.run([toolkit / "bin" / "cuobjdump", "--list-elf", module.__file__], capture_output=True, text=True)
+        listed = subprocess.run(
+            [toolkit / "bin" / "cuobjdump", "--list-elf", module.__file__], capture_output=True, text=True
+        )
         for architecture in spec.architectures:
             assert f"sm_{architecture}" in listed.stdout, listed.stdout + listed.stderr
     if spec.name == "ta_weighted_attention":  # the binding runs, and says what it wants

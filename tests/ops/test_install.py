@@ -67,5 +67,7 @@ def test_one_variable_keeps_an_operator_from_being_built(tmp_path: Path) -> None
 
 def test_an_operator_asked_for_by_name_must_build(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    with pytest.raises(AssertionError, match=f"{CPU.build_variable}=1, but {CPU.name} cannot be built: the C.. compiler"):
+    with pytest.raises(
+        AssertionError, match=f"{CPU.build_variable}=1, but {CPU.name} cannot be built: the C.. compiler"
+    ):
         install(tmp_path, CXX="no-such-compiler", **{CPU.build_variable: "1"})

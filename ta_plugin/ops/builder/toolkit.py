@@ -34,7 +34,11 @@ def missing_toolkit() -> str | None:
     toolkit = cuda_toolkit()
     if toolkit is None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        where = "nvcc is not on the path" if home is None else f"CUDA_HOME is {home!r}, which holds no nvcc with its headers"
+        where = (
+            "nvcc is not on the path"
+            if home is None
+            else f"CUDA_HOME is {home!r}, which holds no nvcc with its headers"
+        )
         return f"{where}; install the CUDA toolkit or set CUDA_HOME to its folder"
     version, needed = toolkit_version(toolkit), torch.version.cuda
     if version is None:
