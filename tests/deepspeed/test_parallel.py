@@ -171,7 +171,6 @@ class TokenMLP(nn.Module):
 
 def beside_tensor_parallelism(stage: int, size: int, clip: float) -> None:
     from deepspeed.utils import groups
-
     from megatron.core import parallel_state
 
     from ta_plugin.deepspeed import MegatronMPU, initialize
