@@ -213,6 +213,13 @@ def _refuse(block: TokenizedAttentionConfig, config: dict[str, Any], mpu: Any, m
             "drift apart between sequence-parallel ranks that way: pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp "
             "after its initialize_sequence_parallel(size) instead"
         )
+    fp16, zero = config.get("fp16", {}), config.get("zero_optimization", {})
+    if fp16.get("enabled", False) is True and zero.get("stage", 0) == 0 and fp16.get("loss_scale", 0) != 1:
+        # DeepSpeed 0.19.8: engine.backward scales the loss for its ZeRO optimizers only, the fp16 ones unscale all the same
+        raise ValueError(
+            "fp16 is enabled at zero_optimization.stage 0, where DeepSpeed divides gradients by a loss scale that it never multiplied "
+            "the loss with; use stage 1, 2 or 3, bf16, or a fixed fp16.loss_scale of 1"
+        )
     if block.layout == "sequence" and not hasattr(mpu, "get_sequence_parallel_group"):
         raise ValueError(
             f'{BLOCK}.layout is "sequence", but there is no sequence-parallel group; pass an mpu that has one, such as '

@@ -107,7 +107,14 @@ def continue_from_universal(folder: str, setup: Setup, saved_on: int) -> None:
 def test_universal_checkpoints_resume_on_another_number_of_ranks(engines_on: Any, tmp_path: Path, stage: int) -> None:
     """ZeRO's own files belong to one number of ranks; DeepSpeed's converter frees them of it, and the rows never were bound."""
     engines_on(4).run(save_after, str(tmp_path), Setup(stage=stage, size=4, steps=3))
-    convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
+    convert = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--num_extract_workers",
+        "1",
+        "--inject_missing_state",
+    ]
     convert += ["--num_merge_workers", "1", "--input_folder", str(tmp_path / "here")]
     done = subprocess.run([*convert, "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,6 +68,11 @@ def test_what_would_train_wrong_is_refused(engines_on: Any, extra: dict[str, Any
     assert all("beside tokenized_attention" in message for message in messages)
 
 
+def test_fp16_without_zero_is_refused(engines_on: Any) -> None:
+    messages = engines_on(2).run(message_of, {"size": 2}, "tokenized_attention", {"fp16": {"enabled": True}})
+    assert all("fp16 is enabled at zero_optimization.stage 0" in message for message in messages)
+
+
 def methods_of(engine: Any) -> set[str]:
     return {name for name in vars(engine) if callable(getattr(type(engine), name, None))}
 

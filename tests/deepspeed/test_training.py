@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from engines import (
-    SGD_RATE,
     Model,
     Setup,
     batch,
@@ -134,46 +135,57 @@ def test_a_skipped_step_skips_the_rows(engines_on: Any) -> None:
     engines_on(4).run(skips_with_the_engine, 3)  # the stage that checks for overflow in float32 too
 
 
-def trains_in_fp16(stage: int) -> None:
-    """Dynamic loss scaling: steps that overflow skip the rows too, and what is applied follows the dense model."""
+@contextlib.contextmanager
+def fp16_on_any_cpu() -> Iterator[None]:
+    """DeepSpeed asks for fast instructions; torch computes in fp16 without them."""
     from deepspeed.accelerator import get_accelerator
 
-    from ta_plugin.deepspeed import initialize
-
-    setup = Setup(stage=stage, clip=0.3, sgd=True, size=2)
-    model, dense = build_models(sgd=True)
-    fp16 = {"enabled": True, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
-    optimizer = torch.optim.SGD(model.parameters(), SGD_RATE)
     accelerator = get_accelerator()
-    accelerator.is_fp16_supported = (
-        lambda: True
-    )  # torch computes in fp16 on any CPU; DeepSpeed asks for fast instructions
+    accelerator.is_fp16_supported = lambda: True
     try:
-        engine = initialize(model=model, optimizer=optimizer, config={**setup.config(), "fp16": fp16})[0]
+        yield
     finally:
         del accelerator.is_fp16_supported
-    table = model.attention.embedding_fn
-    references = dense_optimizers(dense, sgd=True)
+
+
+def trains_in_fp16(stage: int, scaling: dict[str, Any], overflow_at: int) -> None:
+    """Steps that overflow skip the rows too, and what is applied follows the dense model."""
+    fp16 = {"fp16": {"enabled": True, **scaling}}
+    setup = Setup(stage=stage, clip=0.3, sgd=True, size=2, more=fp16)
+    model, dense = build_models(sgd=True)
+    table, references = model.attention.embedding_fn, dense_optimizers(dense, sgd=True)
     losses, expected, skipped = [], [], 0
-    for step in range(14):
-        before = table.rows.clone()
-        loss = train_engine(engine, Setup(steps=1), first=step)
-        if not engine.was_step_applied():
-            assert torch.equal(table.rows, before)
-            skipped += 1
-            continue
-        losses += loss
-        one = Setup(steps=1, clip=setup.clip)
-        expected += train_dense(dense, one, dist.get_world_size(), first=step, optimizers=references)
+    with fp16_on_any_cpu():
+        engine = build_engine(model, setup)
+        for step in range(14):
+            before = table.rows.clone()
+            tokens, lengths, targets, labels = batch(step, dist.get_rank())
+            infinite = step == overflow_at and dist.get_rank() == 1
+            loss = engine(tokens, lengths, targets, labels * float("inf") if infinite else labels)
+            engine.backward(loss)
+            engine.step()
+            if not engine.was_step_applied():
+                assert torch.equal(table.rows, before)
+                skipped += 1
+                continue
+            dist.all_reduce(loss.detach())
+            losses.append(float(loss) / dist.get_world_size())
+            one = Setup(steps=1, clip=setup.clip)
+            expected += train_dense(dense, one, dist.get_world_size(), first=step, optimizers=references)
+        engine.destroy()
     assert 1 <= skipped <= 10 and engine.skipped_steps == skipped and int(table.steps) == 14 - skipped
     torch.testing.assert_close(losses, expected, rtol=0, atol=5e-3)
     torch.testing.assert_close(table.to_dense(), dense.attention.embedding_fn.weight.detach(), rtol=0, atol=5e-3)
-    engine.destroy()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_with_steps_that_overflow(engines_on: Any, stage: int) -> None:
-    engines_on(2).run(trains_in_fp16, stage)
+    dynamic = {"initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
+    engines_on(2).run(trains_in_fp16, stage, dynamic, -1)
+
+
+def test_fp16_without_zero(engines_on: Any) -> None:
+    engines_on(2).run(trains_in_fp16, 0, {"loss_scale": 1}, 3)  # other scales are refused there
 
 
 def forgets_on_zero_grad(stage: int) -> None:
