@@ -1,14 +1,27 @@
 """Installs ta_plugin. TA_BUILD_OPS=1 compiles the operators of csrc/ ahead of time (pip install --no-build-isolation .);
 
-DS_BUILD_<OP>=0 or 1 decides for one of them, for example DS_BUILD_TA_SEGMENTS_CPU=1. Otherwise they build on first use.
+DS_BUILD_<OP>=0 or 1 decides for one of them, for example DS_BUILD_TA_SEGMENTS_CPU=1. Otherwise they build on first use,
+from csrc/, which an installed package carries along.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class build_py_with_sources(build_py):
+    """Copies csrc/ into the package; a checkout installed by `pip install -e .` has it beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "ta_plugin" / "csrc"
+            shutil.copytree("csrc", target, ignore=shutil.ignore_patterns("*.md"), dirs_exist_ok=True)
 
 
 def compiled_ops() -> dict[str, Any]:
@@ -19,7 +32,12 @@ def compiled_ops() -> dict[str, Any]:
         return {}
     root = Path(__file__).resolve().parent
     sys.path.insert(0, str(root))
-    from ta_plugin.ops.builder import op_specs
+    try:
+        from ta_plugin.ops.builder import op_specs
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"building operators needs {error.name} while building: install it, then pip install --no-build-isolation ."
+        )
 
     wanted = [spec for spec in op_specs() if spec.wanted_ahead_of_time()]
     if not wanted:
@@ -37,7 +55,7 @@ def compiled_ops() -> dict[str, Any]:
             sys.exit(f"{spec.build_variable}=1, but {spec.name} cannot be built: {missing}")
         else:
             print(f"{spec.name} is left out: {missing}", file=sys.stderr)
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": extensions, "cmdclass": {"build_py": build_py_with_sources, "build_ext": BuildExtension}}
 
 
 setup(
@@ -63,5 +81,5 @@ setup(
         "examples": ["matplotlib>=3.8", "tokenizers>=0.20"],  # plots; the text of examples/long_context
         "test": ["pytest>=8", "transformers>=5", "hypothesis>=6.100", "ruff==0.14.5", "mypy==1.18.2"],
     },
-    **compiled_ops(),
+    **{"cmdclass": {"build_py": build_py_with_sources}, **compiled_ops()},
 )

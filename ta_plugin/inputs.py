@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.checks import check_cutoffs, check_lengths, check_queries, check_side, check_tokens
@@ -70,6 +71,30 @@ class Inputs:
         if grid.shape[0] != samples:
             raise ValueError(f"targets are for {grid.shape[0]} samples, tokens for {samples}; pass one row per sample")
         check_cutoffs(self.target_cutoffs, grid, self.tokens)
+
+
+def gradient_flags(dense: Iterable[Tensor], embedding: Any) -> int:
+    """A number that ranks must agree on: which dense parameters train, and whether the embedding does.
+
+    Backward reaches the collectives that these flags lead to; where they differ, some ranks would wait for the others for ever.
+    """
+    if not torch.is_grad_enabled():
+        return 0
+    rows = (
+        embedding.parameters() if isinstance(embedding, nn.Module) else ()
+    )  # may differ in number: each rank has its own
+    trains = getattr(embedding, "trainable", False) or any(p.requires_grad for p in rows)
+    return 1 + zlib.crc32(repr([trains, *(p.requires_grad for p in dense)]).encode())
+
+
+def check_gradient_flags(flags: list[int]) -> None:
+    """Raise ValueError, on every rank alike, when the ranks' `gradient_flags` differ."""
+    for rank, theirs in enumerate(flags):
+        if theirs != flags[0]:
+            raise ValueError(
+                f"the parameters that train differ between rank 0 and rank {rank}: requires_grad, the embedding's trainable, or "
+                "torch.no_grad(); freeze the same on every rank"
+            )
 
 
 def check_agreement(kinds: list[list[int]]) -> None:

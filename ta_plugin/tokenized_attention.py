@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
 from ta_plugin.checks import check_tokens
 from ta_plugin.embedding import EmbeddingFn, owners_of, vocab_size_of
-from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement
+from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement, check_gradient_flags, gradient_flags
 from ta_plugin.ops import expand
 from ta_plugin.parallel import SSPGroup, all_gather_rows, exchange_header
 from ta_plugin.strategies import (
@@ -36,7 +37,7 @@ from ta_plugin.strategies import (
     owner,
     ring,
 )
-from ta_plugin.strategies.request import Encoder
+from ta_plugin.strategies.request import Encoder, in_multiples
 from ta_plugin.unique_space import UniqueSpace
 
 _STRATEGIES = ("auto", "gather", "owner", "ring", "positions")
@@ -65,6 +66,8 @@ class TokenizedAttention(nn.Module):
                    sequence_length is then this rank's own L. Self-attention runs on owned rows (strategy "ring"), targets go
                    to the owners ("owner"), and each rank's targets see the whole sample
     rates:         what the cost model assumes of network and device
+    row_multiple:  `encode` gets a multiple of so many rows, spare ones included, so that shapes repeat (torch.compile, CUDA graphs,
+                   the caching allocator); exact for any value, and free to differ between ranks
 
     Constructing is collective over the group: ranks that disagree on sizes, heads, strategy or nranks all raise here.
     """
@@ -93,6 +96,7 @@ class TokenizedAttention(nn.Module):
         layout: Layout = "sample",
         backend: str | None = None,
         rates: Rates | None = None,
+        row_multiple: int = 1,
     ) -> None:
         super().__init__()
         if group is None and dist.is_initialized() and nranks > 1:
@@ -103,12 +107,15 @@ class TokenizedAttention(nn.Module):
         self.vocab_size = vocab_size if vocab_size is not None else vocab_size_of(embedding_fn)
         self.strategy, self.include_self, self.rates = strategy, include_self, rates
         self.layout: Layout = layout
+        self.row_multiple = row_multiple
         self.embedding_fn = embedding_fn
         self.score = score  # registers its parameters
         self.output = output
         error: ValueError | None = None
         try:
             self._check_ranks(nranks)
+            if row_multiple < 1:
+                raise ValueError(f"row_multiple is {row_multiple}; pass 1 or more")
             if strategy not in _STRATEGIES:
                 raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
             self._check_layout()
@@ -149,6 +156,8 @@ class TokenizedAttention(nn.Module):
 
         Collective over the group, forward and backward. What is wrong on one rank raises the same ValueError on every rank.
         """
+        if encode is not None and self.row_multiple > 1:
+            encode = in_multiples(encode, self.row_multiple)
         sides = (bias, value_term, multiplier)
         inputs = Inputs(tokens, lengths, targets, queries, target_lengths, target_cutoffs, *sides, encode)
         request, strategy = self._read(inputs)  # RFC steps 1 to 3
@@ -229,6 +238,11 @@ class TokenizedAttention(nn.Module):
             self.group, self.embedding_fn, self.projections, self.scoring, self.include_self, self.rates
         )
 
+    def _dense_parameters(self) -> Iterator[nn.Parameter]:
+        for module in (self.projections, self.score, self.output):
+            if module is not None:
+                yield from module.parameters()
+
     def _check_ranks(self, nranks: int) -> None:
         if nranks != self.group.size:
             alone = self.group.group is None
@@ -241,6 +255,8 @@ class TokenizedAttention(nn.Module):
         able = ("auto", "gather", "owner", "positions") if self.layout == "sample" else ("auto", "ring", "owner")
         if self.strategy not in able:
             raise ValueError(f"strategy is {self.strategy!r} in layout {self.layout!r}; choose one of {able}")
+        if self.layout == "sequence" and self.row_multiple > 1:
+            raise ValueError(f"row_multiple is {self.row_multiple} in layout 'sequence', where owned rows take no spare ones; pass 1")
 
     def _agree(self, error: ValueError | None = None) -> None:
         """Raise on every rank if any found an error, or if they were constructed differently."""
@@ -271,6 +287,7 @@ class TokenizedAttention(nn.Module):
     def _read(self, inputs: Inputs) -> tuple[Request, str]:
         """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
         kinds, sizes, space, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, None, Sides()
+        flags = gradient_flags(self._dense_parameters(), getattr(self.embedding_fn, "table", self.embedding_fn))
         error: Exception | None = None
         try:
             heads = self.projections.num_heads, self.projections.num_kv_heads
@@ -287,7 +304,8 @@ class TokenizedAttention(nn.Module):
             kinds, sizes = inputs.kinds(), self._sizes(space, targets)
         except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
             error = failure
-        headers = exchange_header(self.group, [*kinds, *sizes], error)
+        headers = exchange_header(self.group, [flags, *kinds, *sizes], error)
+        check_gradient_flags([header.pop(0) for header in headers])
         check_agreement([header[: len(OPTIONAL)] for header in headers])
         by_rank = [header[len(OPTIONAL) :] for header in headers]
         assert space is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.ops import Segments, expand, segment_logsumexp, segment_sum
@@ -26,6 +27,7 @@ class UniqueSpace:
     segments:       occurrences -> rows; `segments.index` is the inverse (M,)
     slots:          (M,) int64, slot of each occurrence in the flattened (B, L) grid; None for packed input
     padded_length:  L for padded input, None for packed
+    spare_rows:     how many of the last rows no occurrence maps to; see `with_spare_rows`
 
     Build it with `from_padded`, `from_packed` or `of_occurrences`.
     """
@@ -37,6 +39,7 @@ class UniqueSpace:
     segments: Segments
     slots: Tensor | None = None
     padded_length: int | None = None
+    spare_rows: int = 0
 
     @classmethod
     def from_padded(cls, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
@@ -135,11 +138,43 @@ class UniqueSpace:
     @property
     def all_distinct(self) -> bool:
         """Whether no sample repeats a token; then every log weight of plain attention is 0."""
-        return self.num_rows == self.num_occurrences
+        return self.spare_rows == 0 and self.num_rows == self.num_occurrences
 
     def as_packed(self) -> UniqueSpace:
         """The same space, for values that are already packed (M, ...)."""
         return replace(self, slots=None, padded_length=None)
+
+    def with_spare_rows(self, multiple: int) -> UniqueSpace:
+        """The same space with its rows rounded up to a multiple of `multiple`, so that shapes repeat from batch to batch.
+
+        Spare rows belong to the last sample with multiplicity 0 (log weight -inf, an absent key) and token 0; nothing expands from
+        them, so that whatever they hold is exact. Without samples there is nothing to add to.
+        """
+        spare = -self.num_rows % multiple
+        if spare == 0 or self.num_samples == 0:
+            return self
+        tokens, counts = (F.pad(x, (0, spare)) for x in (self.tokens, self.counts))
+        cu_seqlens = F.pad(self.cu_seqlens[:-1], (0, 1), value=tokens.numel())
+        ends = F.pad(self.segments.offsets, (0, spare), value=self.num_occurrences)
+        segments = Segments(self.segments.index, self.segments.order, ends)
+        return replace(
+            self,
+            tokens=tokens,
+            counts=counts,
+            cu_seqlens=cu_seqlens,
+            segments=segments,
+            spare_rows=self.spare_rows + spare,
+        )
+
+    def fill_spare_rows(self, rows: Tensor) -> Tensor:
+        """Rows (U - spare, ...) to (U, ...): spare rows are copies of the last, through which no gradient flows.
+
+        Copies and not zeros: what runs on them is then finite wherever it is finite on a real row.
+        """
+        if self.spare_rows == 0:
+            return rows
+        last = rows[-1:].detach() if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
+        return torch.cat([rows, last.expand(self.spare_rows, *rows.shape[1:])])
 
     def positions(self) -> Tensor:
         """(M,) int64: each occurrence's position in its sample."""
@@ -189,7 +224,7 @@ class UniqueSpace:
         if how not in ("sum", "mean"):
             raise ValueError(f"how is {how!r}; pass 'sum', 'mean' or 'logsumexp'")
         total = segment_sum(packed, self.segments)
-        return total if how == "sum" else total / self.counts.view(-1, *([1] * (total.dim() - 1)))
+        return total if how == "sum" else total / self.counts.clamp(min=1).view(-1, *([1] * (total.dim() - 1)))
 
     def log_counts(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """log multiplicity (U,), or None where every count is 1 and the weights would all be 0."""

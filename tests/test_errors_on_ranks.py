@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -55,6 +56,7 @@ def spoil(batch: dict[str, Any], change: str) -> None:
         "bias of another dtype": lambda: batch.update(bias=batch["bias"].double()),
         "bias that learns": lambda: batch.update(bias=batch["bias"].requires_grad_()),
         "bias of another shape": lambda: batch.update(bias=torch.zeros(BATCH, LENGTH + 1)),
+        "no gradients": lambda: torch.set_grad_enabled(False),
         "no tensor": lambda: batch.update(tokens=batch["tokens"].tolist()),
         "cutoffs without targets": lambda: batch.update(targets=None, target_cutoffs=torch.zeros(2, 3).long()),
         "multiplier under softmax": lambda: batch.update(multiplier=torch.ones(BATCH, LENGTH)),
@@ -80,6 +82,7 @@ MESSAGES = {  # argument, value and remedy
     "bias of another dtype": ["bias differs between rank 0 and rank 2", "dtype"],
     "bias that learns": ["bias differs between rank 0 and rank 2", "requires_grad"],
     "bias of another shape": ["rank 2 of 4: ", "bias is torch.float32 of shape (2, 6)", "pass floating"],
+    "no gradients": ["parameters that train differ between rank 0 and rank 2", "torch.no_grad()", "freeze the same"],
     "no tensor": ["rank 2 of 4: "],
     "cutoffs without targets": ["rank 2 of 4: ", "target_cutoffs is given without targets", "pass targets"],
     "multiplier under softmax": ["rank 2 of 4: ", "multiplier is given with normaliser='softmax'", "as bias"],
@@ -113,6 +116,7 @@ def bad_batches(strategy: str, changes: list[str], options: dict[str, Any]) -> l
         if dist.get_rank() == CULPRIT:
             spoil(batch, change)
         messages.append(failure_of(lambda batch=batch: model(**batch)))
+        torch.set_grad_enabled(True)
         still_works(model)
     return messages
 
@@ -130,6 +134,30 @@ def wrong_size_everywhere() -> str:
     group = create_ssp_group(2)
     message = failure_of(lambda: TokenizedAttention(BATCH, LENGTH, 4, nn.Embedding(VOCAB, EMBED), group=group))
     return message
+
+
+def frozen_on_one_rank(name: str) -> str:
+    model = attention("gather", output=nn.Linear(EMBED, 3))
+    if dist.get_rank() == CULPRIT:
+        getattr(model, name).requires_grad_(False)
+    message = failure_of(lambda: model(**good_batch()))
+    getattr(model, name).requires_grad_(True)
+    still_works(model)
+    getattr(model, name).requires_grad_(False)  # on every rank: that is fine
+    still_works(model)
+    return message
+
+
+def one_rank_alone() -> str:
+    """The culprit builds for one rank and exchanges nothing; the others wait for it until the group's time is up."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if dist.get_rank() == CULPRIT:
+        TokenizedAttention(BATCH, LENGTH, 1, nn.Embedding(VOCAB, EMBED))
+        time.sleep(4)
+        return ""
+    with pytest.raises(RuntimeError) as caught:
+        TokenizedAttention(BATCH, LENGTH, RANKS, nn.Embedding(VOCAB, EMBED), group=group)
+    return "".join(caught.value.__notes__)
 
 
 def bad_embed() -> str:
@@ -177,6 +205,18 @@ def test_sizes_that_differ_at_construction_raise_on_every_rank(
 def test_a_group_of_another_size_is_refused(rank_pools: Any) -> None:
     for message in rank_pools(RANKS).run(wrong_size_everywhere):
         assert "nranks is 4, but the group has 2 rank(s); pass nranks=2" in message
+
+
+@pytest.mark.parametrize("name", ["projections", "output", "embedding_fn"])
+def test_parameters_frozen_on_one_rank_raise_on_every_rank(rank_pools: Any, name: str) -> None:
+    messages = rank_pools(RANKS).run(frozen_on_one_rank, name)
+    assert len(set(messages)) == 1
+    assert "parameters that train differ between rank 0 and rank 2" in messages[0]
+
+
+def test_who_waits_in_vain_says_for_what(rank_pools: Any) -> None:
+    for rank, note in enumerate(rank_pools(RANKS).run(one_rank_alone)):
+        assert rank == CULPRIT or "built TokenizedAttention with nranks=1" in note
 
 
 def test_bad_ids_to_embed_raise_on_every_rank(rank_pools: Any) -> None:

@@ -2,12 +2,16 @@
 
     deepspeed --num_gpus 2 train.py --inter ml-100k.inter --deepspeed --deepspeed_config ds_config_zero1.json
 
-On CPUs: DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py ... with the same arguments.
+On CPUs: DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py ... with the same arguments; DeepSpeed compiles its
+shared-memory collectives first, which takes about two minutes, once. Prints losses and ranking metrics; checkpoints and the curve
+of the loss go to --out. Two nodes: two_nodes.sh.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +22,97 @@ import torch.distributed as dist
 import ta_plugin.deepspeed
 from ta_plugin import ShardedTokenEmbedding
 from ta_plugin.data.batches import HistoryBatches
-from ta_plugin.data.interactions import load_interactions
+from ta_plugin.data.interactions import Interactions, load_interactions
 from ta_plugin.models.metrics import candidate_counts, mean_metrics, positive_ranks, ranking_metrics
 from ta_plugin.models.recommender import RecommenderConfig, SequenceRecommender, sampled_softmax_loss
 
+SHOW_EVERY = 20
+
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
     options = parse()
     deepspeed.init_distributed()
-    rank, world = dist.get_rank(), dist.get_world_size()
     data = load_interactions(options.inter, tokens=("item_id",), action="rating")
+    engine = build_engine(options, data.n_items, data.n_actions)
     batches = HistoryBatches(
         data,
-        batch_size=options.batch_size,
+        batch_size=engine.train_micro_batch_size_per_gpu(),
         sequence_length=options.length,
         n_negatives=63,
-        rank=rank,
-        world_size=world,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
         seed=0,
         min_history=1,
     )
-    engine = build_engine(options, data.n_items, data.n_actions)
-    first = 0
-    if options.resume:
-        _, state = engine.load_checkpoint(options.out)
-        first = state["step"]
-    for step in range(first, options.steps):
-        epoch, within = divmod(step, batches.steps_per_epoch)
-        batch = batches.batch(epoch, within).to(engine.device)
-        total = batch.weights.sum()
-        dist.all_reduce(total)
-        logits = engine(batch.tokens, batch.lengths, batch.ages, batch.actions, batch.targets)
-        loss = sampled_softmax_loss(logits, batch.weights, max(float(total), 1.0), world)
-        engine.backward(loss)
-        engine.step()
-        if (step + 1) % 20 == 0 or step + 1 == options.steps:
-            shown = loss.detach().clone()
-            dist.all_reduce(shown)
-            if rank == 0:
-                print(f"step {step + 1}: loss {float(shown) / world:.4f}", flush=True)
+    say(describe(engine, data, batches))
+    losses = train(engine, batches, options)
     engine.save_checkpoint(options.out, client_state={"step": options.steps})
+    if losses and dist.get_rank() == 0:
+        plot(losses, Path(options.out) / "loss.png")
+    say(f"saved {options.out}/global_step{engine.global_steps}; evaluating")
     metrics = evaluate(engine, batches, data.n_items)
-    if rank == 0:
-        print("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
+    say("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     dist.barrier()
     engine.destroy()
     dist.destroy_process_group()
+
+
+def train(engine: Any, batches: HistoryBatches, options: argparse.Namespace) -> dict[int, float]:
+    """Mean loss of all ranks over the last steps, by step."""
+    first, losses, since = 0, {}, time.monotonic()
+    if options.resume:
+        _, state = engine.load_checkpoint(options.out)
+        first = state["step"]
+        say(f"resumed after step {first}")
+    recent, world = torch.zeros((), device=engine.device), dist.get_world_size()
+    accumulate = engine.gradient_accumulation_steps()
+    for step in range(first, options.steps):
+        for micro in range(step * accumulate, (step + 1) * accumulate):
+            batch = batches.batch(*divmod(micro, batches.steps_per_epoch)).to(engine.device)
+            total = batch.weights.sum()
+            dist.all_reduce(total)
+            logits = engine(batch.tokens, batch.lengths, batch.ages, batch.actions, batch.targets)
+            loss = sampled_softmax_loss(logits, batch.weights, max(float(total), 1.0), world)
+            engine.backward(loss)
+            engine.step()  # updates once per `accumulate` calls
+            recent += loss.detach() / accumulate
+        done = step + 1
+        if done % SHOW_EVERY == 0 or done == options.steps:
+            steps = (done - first - 1) % SHOW_EVERY + 1 if not losses else done - max(losses)
+            dist.all_reduce(recent)
+            losses[done] = float(recent) / world / steps
+            speed = 1000 * (time.monotonic() - since) / steps
+            say(f"step {done}/{options.steps}: loss {losses[done]:.4f}, {speed:.0f} ms a step")
+            recent, since = torch.zeros_like(recent), time.monotonic()
+    return losses
+
+
+def say(text: str) -> None:
+    """On rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def describe(engine: Any, data: Interactions, batches: HistoryBatches) -> str:
+    plugin = getattr(engine, "tokenized_attention", None)
+    layout = "block off" if plugin is None else f"{plugin.group.size} rank(s) per SSP group"
+    return (
+        f"{data.n_items} items, {batches.steps_per_epoch} steps an epoch of {batches.batch_size} samples on each of "
+        f"{dist.get_world_size()} rank(s); ZeRO stage {engine.zero_optimization_stage()}, {layout}"
+    )
+
+
+def plot(losses: dict[int, float], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        say("no curve: pip install matplotlib")
+        return
+    axes = (figure := Figure(figsize=(6, 4))).add_subplot()
+    axes.plot(list(losses), list(losses.values()))
+    axes.set(xlabel="step", ylabel="sampled softmax loss")
+    figure.savefig(path, dpi=120)
 
 
 def parse() -> argparse.Namespace:
@@ -72,7 +121,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default="runs/deepspeed", help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=100, help="events of a history")
-    parser.add_argument("--batch_size", type=int, default=64, help="samples per rank: train_micro_batch_size_per_gpu")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     return deepspeed.add_config_arguments(parser).parse_args()
@@ -80,10 +128,11 @@ def parse() -> argparse.Namespace:
 
 def build_engine(options: argparse.Namespace, n_items: int, n_actions: int) -> Any:
     """An engine around the recommender; nothing here knows on how many ranks the table will lie."""
+    batch_size = deepspeed.DeepSpeedConfig(options.deepspeed_config).train_micro_batch_size_per_gpu
     config = RecommenderConfig(
         vocab_size=n_items,
         num_actions=n_actions,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         recent_length=min(50, options.length),
         long_length=options.length,
     )

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ta_plugin.attention.backends import choose
 from ta_plugin.ops.builder import OpSpec, op_specs
+from ta_plugin.ops.builder.toolkit import cuda_toolkit, missing_toolkit, toolkit_version
 
 SUPPORTED = {  # distribution: (lowest, below); what the tests run against
     "torch": ("2.11", "2.14"),
@@ -76,7 +77,11 @@ def devices() -> list[Line]:
     """Compilers, CUDA and GPUs."""
     compiler = os.environ.get("CXX", "c++")
     lines = [_tool("C++ compiler", compiler), _tool("ninja", "ninja", find_spec("ninja") is not None)]
-    lines.append(_tool("nvcc", "nvcc"))
+    toolkit = cuda_toolkit()
+    if toolkit is None:
+        lines.append(Line("Devices", "nvcc", "missing", str(missing_toolkit())))
+    else:
+        lines.append(Line("Devices", "nvcc", "ok", f"{toolkit_version(toolkit)}, in {toolkit}"))
     if torch.version.cuda is None:
         lines.append(Line("Devices", "CUDA in torch", "missing", f"torch {torch.__version__} is built without it"))
     else:
@@ -135,8 +140,10 @@ def layout(size: int | None) -> list[Line]:
 
 
 def _op(spec: OpSpec) -> Line:
+    runs = "" if spec.device == "cpu" else _where_it_runs(spec)
+    state = "warning" if "but" in runs else "ok"
     if _importable(spec.module):
-        return Line("Ops", spec.name, "ok", "built ahead of time")
+        return Line("Ops", spec.name, state, f"built ahead of time{runs}")
     try:
         from ta_plugin.ops.builder.classes import missing_for
     except ModuleNotFoundError as error:
@@ -148,7 +155,18 @@ def _op(spec: OpSpec) -> Line:
     missing = missing_for(spec)
     if missing is not None:
         return Line("Ops", spec.name, "missing", missing)
-    return Line("Ops", spec.name, "ok", "not built yet; builds on first use")
+    return Line("Ops", spec.name, state, f"not built yet; builds on first use{runs}")
+
+
+def _where_it_runs(spec: OpSpec) -> str:
+    codes = ", ".join(f"sm_{architecture}" for architecture in spec.architectures)
+    if not torch.cuda.is_available():
+        return f", for {codes} (no GPU here to run it)"
+    major, minor = torch.cuda.get_device_capability()
+    # sm_90a runs on 9.0 alone, sm_80 on every 8.x
+    exact, family = f"{major}{minor}a", f"{major}0"
+    runs = exact in spec.architectures or family in spec.architectures
+    return f", for {codes}" if runs else f", for {codes}, but this GPU is sm_{major}{minor}"
 
 
 def _importable(module: str) -> bool:

@@ -15,7 +15,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.utils import log_dist
+from deepspeed.utils.logging import print_dist
 from torch import nn
 
 from ta_plugin.deepspeed.checkpoint import TableCheckpoints
@@ -137,7 +137,7 @@ def prepare(
     if zero.get("stage", 0) >= 2 or zero.get("overlap_comm"):
         _call_alike_on_every_rank(model)
     drop_parameters(optimizer, model_parameters, conversion.replaced)
-    log_dist(str(conversion), ranks=[0])
+    print_dist(str(conversion), ranks=[0])  # DeepSpeed's log hides what is below a warning
     return Activation(block, group, conversion)
 
 
@@ -214,6 +214,13 @@ def _refuse(block: TokenizedAttentionConfig, config: dict[str, Any], mpu: Any, m
             "sequence_parallel_size and data_parallel_size (or mesh_param) are set beside tokenized_attention; dense parameters "
             "drift apart between sequence-parallel ranks that way: pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp "
             "after its initialize_sequence_parallel(size) instead"
+        )
+    fp16, zero = config.get("fp16", {}), config.get("zero_optimization", {})
+    if fp16.get("enabled", False) is True and zero.get("stage", 0) == 0 and fp16.get("loss_scale", 0) != 1:
+        # DeepSpeed 0.19.8: engine.backward scales the loss for its ZeRO optimizers only, the fp16 ones unscale all the same
+        raise ValueError(
+            "fp16 is enabled at zero_optimization.stage 0, where DeepSpeed divides gradients by a loss scale that it never multiplied "
+            "the loss with; use stage 1, 2 or 3, bf16, or a fixed fp16.loss_scale of 1"
         )
     if block.layout == "sequence" and not hasattr(mpu, "get_sequence_parallel_group"):
         raise ValueError(

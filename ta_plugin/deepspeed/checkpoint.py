@@ -63,7 +63,8 @@ class TableCheckpoints:
         rows = Path(path if Path(path).is_dir() else Path(path).parent) / FOLDER
         if not rows.is_dir():
             raise FileNotFoundError(
-                f"{rows.parent} holds no sharded rows: it was saved without the tokenized_attention block, or by another model"
+                f"{rows.parent} holds no sharded rows: it was saved without the tokenized_attention block, or by another model, or it is "
+                f"a universal checkpoint (copy the folder {FOLDER} from the checkpoint that it was converted from)"
             )
         state = self._state()
         if load_module_only or not load_optimizer_states:

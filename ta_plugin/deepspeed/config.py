@@ -56,6 +56,8 @@ class TokenizedAttentionConfig(DeepSpeedConfigModel):
     tokens:           with `modules`: the argument of the model's forward that holds the ids (B, L)
     lengths:          with `modules`: the argument that holds lengths (B,), or a mask (B, L) of valid slots, padded right
     verify:           with `modules`: check on their first forward that equal tokens have equal hidden states
+    row_multiple:     distinct rows that layers run on (`modules`, Ulysses, `encode` of TokenizedAttention) are rounded up to a multiple
+                      of this by rows that change nothing: shapes repeat for torch.compile, CUDA graphs and the allocator
     inexact:          what becomes of a layer that would not be exact: "leave" it as it is, or "error"
     """
 
@@ -73,6 +75,7 @@ class TokenizedAttentionConfig(DeepSpeedConfigModel):
     tokens: str | None = None
     lengths: str | None = None
     verify: bool = True
+    row_multiple: int = Field(default=1, ge=1)
     inexact: Literal["leave", "error"] = "leave"
 
 

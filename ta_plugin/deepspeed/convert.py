@@ -62,6 +62,7 @@ def convert(
     _shard_named_embeddings(model, block, done)
     for name, module in _attentions(model):
         module.strategy = block.strategy or module.strategy
+        module.row_multiple = block.row_multiple if block.row_multiple > 1 else module.row_multiple
         module.regroup(group, block.layout)
         module.scoring = replace(module.scoring, backend=block.backend or module.scoring.backend)
         backend = module.scoring.backend or "chosen per call"
@@ -90,7 +91,7 @@ def _place_ulysses(model: nn.Module, block: TokenizedAttentionConfig, group: SSP
             if group is None:
                 done.left.append((name, f'{BLOCK}.layout is "sample": it attends within what one rank reads'))
             else:
-                module.set_group(group, block.backend)
+                module.set_group(group, block.backend, block.row_multiple)
                 done.changed.append((name, f"local attention of Ulysses over {group.size} rank(s)"))
         elif isinstance(module, TokenizedAttention):
             _check_layout(name, module, block, group, done.group)
@@ -274,7 +275,7 @@ def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: C
     if isinstance(model, PipelineModule):
         done.left.append(("", f"{BLOCK}.modules has no effect in a pipeline: token ids do not reach later stages"))
         return
-    plan = TokenPlan(block.tokens, block.lengths, done.group, verify=block.verify)
+    plan = TokenPlan(block.tokens, block.lengths, done.group, verify=block.verify, row_multiple=block.row_multiple)
     backend = block.backend
     named = [
         (name, module)

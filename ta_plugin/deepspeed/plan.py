@@ -18,10 +18,13 @@ class TokenPlan:
     tokens:  name of the argument that holds ids (B, L) int64
     lengths: name of the argument that holds lengths (B,) or a mask (B, L) of valid slots; None: every slot is valid
     verify:  the first time a module asks, check on every rank that equal tokens have equal hidden states
+    row_multiple: modules run on a multiple of so many rows, spare ones included
     """
 
-    def __init__(self, tokens: str, lengths: str | None, group: SSPGroup, *, verify: bool) -> None:
-        self.tokens, self.lengths, self.group = tokens, lengths, group
+    def __init__(
+        self, tokens: str, lengths: str | None, group: SSPGroup, *, verify: bool, row_multiple: int = 1
+    ) -> None:
+        self.tokens, self.lengths, self.group, self.row_multiple = tokens, lengths, group, row_multiple
         self.space: UniqueSpace | None = None
         self.first_slots: Tensor | None = None
         self._to_verify: set[int] | None = set() if verify else None
@@ -54,13 +57,13 @@ class TokenPlan:
                 raise ValueError(f"{self.lengths} has valid slots behind padding; pad on the right")
         space = UniqueSpace.from_padded(tokens, lengths)
         assert space.slots is not None
-        self.space = space
+        self.space = space.with_spare_rows(self.row_multiple)
         self.first_slots = space.slots[space.segments.order[space.segments.offsets[:-1]]]
 
     def rows_of(self, grid: Tensor) -> Tensor:
         """The hidden states of the distinct tokens: grid (B, L, ...) -> (U, ...), read at first occurrences."""
-        assert self.first_slots is not None
-        return grid.reshape(-1, *grid.shape[2:]).index_select(0, self.first_slots)
+        assert self.space is not None and self.first_slots is not None
+        return self.space.fill_spare_rows(grid.reshape(-1, *grid.shape[2:]).index_select(0, self.first_slots))
 
     def fits(self, grid: Tensor) -> bool:
         """Whether grid (B, L, ...) is shaped like the tokens of the batch."""

@@ -36,6 +36,8 @@ class TableTraining:
         self._total_norm: Callable[[], float] = join_norm(engine, lambda: self._row_norm)
         self._update = engine._take_model_step
         engine._take_model_step = self.take_step
+        self._forget, self._updating = engine.zero_grad, False
+        engine.zero_grad = self.zero_grad
         self._make_replicas_equal()
         self._match_dtype()
 
@@ -47,7 +49,11 @@ class TableTraining:
         # the table divides by all data-parallel ranks; the engine may divide by something else
         factor = self._group.data_parallel_size / gradient_divisor(engine)
         self._row_norm = factor * self._norm()
-        self._update(lr_kwargs)
+        self._updating = True  # which ends in zero_grad at some stages; the rows' step is still to come
+        try:
+            self._update(lr_kwargs)
+        finally:
+            self._updating = False
         if not engine.was_step_applied():
             for table in self._tables:
                 table.zero_grad()
@@ -57,6 +63,13 @@ class TableTraining:
         scale = factor / loss_scale * self._clip_coefficient()
         for table in self._tables:
             table.step(scale)
+
+    def zero_grad(self) -> None:
+        """The engine's, and the rows' recorded gradients with it."""
+        self._forget()
+        if not self._updating:
+            for table in self._tables:
+                table.zero_grad()
 
     def _norm(self) -> Tensor:
         """Norm of the rows' reduced gradient over all tables, of every pipeline stage. Collective."""

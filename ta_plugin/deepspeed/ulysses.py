@@ -24,10 +24,10 @@ class TokenizedUlyssesAttention(nn.Module):
         self.scale, self.verify = scale, verify
         self.set_group(SSPGroup(None), None)
 
-    def set_group(self, group: SSPGroup, backend: str | None) -> None:
+    def set_group(self, group: SSPGroup, backend: str | None, row_multiple: int = 1) -> None:
         """Attend over sequences that lie on `group`."""
         self._group = group
-        self._plan = TokenPlan("tokens", "lengths", group, verify=self.verify)
+        self._plan = TokenPlan("tokens", "lengths", group, verify=self.verify, row_multiple=row_multiple)
         self._scoring = Scoring(scale=self.scale, backend=backend)
         local = _LocalAttention(self._plan, self._scoring)
         self._attend = local if group.group is None else DistributedAttention(local, group.group, 2, 1)

@@ -42,6 +42,13 @@ def _all_gather(header: Tensor, group: SSPGroup) -> Tensor:
         return header[None]
     mine = header.to(group.device)
     gathered = mine.new_empty(group.size * mine.numel())
-    gather_single(gathered, mine, group.group)
+    try:
+        gather_single(gathered, mine, group.group)
+    except RuntimeError as error:  # a time-out, or a peer that is gone
+        error.add_note(
+            f"while waiting for the other ranks of {group} to make the same call: one of them raised something of its own, calls "
+            "other modules, has fewer batches, or built TokenizedAttention with nranks=1 (nothing is exchanged then)"
+        )
+        raise
     group.traffic.record("header", mine, (group.size - 1) * mine.numel())
     return gathered.view(group.size, -1).cpu()

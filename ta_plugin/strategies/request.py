@@ -78,6 +78,16 @@ class Request:
         return expand(table, index)
 
 
+def in_multiples(encode: Encoder, multiple: int) -> Encoder:
+    """`encode` called with its rows rounded up to a multiple, by spare rows that change nothing (UniqueSpace.with_spare_rows)."""
+
+    def padded(rows: Tensor, space: UniqueSpace) -> Tensor:
+        larger = space.with_spare_rows(multiple)
+        return encode(larger.fill_spare_rows(rows), larger)[: space.num_rows]
+
+    return padded
+
+
 def fetch(ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool = True) -> tuple[Tensor, Segments]:
     """Embeddings of ids (n,): distinct rows (I, E), each travelling once from its owner, and the row of each id.
 

@@ -11,6 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 import torch
+from cuda_folder import cuda_of_version, tool
 from typer.testing import CliRunner
 
 from ta_plugin.cli import report as module
@@ -28,15 +29,10 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A path on which only the tools that a test creates exist."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))  # or the usual places would be looked at
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
-
-
-def executable(folder: Path, name: str) -> None:
-    (folder / name).write_text("#!/bin/sh\n")
-    (folder / name).chmod(0o755)
 
 
 def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +56,8 @@ def test_compiler_alone_builds_the_cpu_ops(tools: Path, monkeypatch: pytest.Monk
     pytest.importorskip("deepspeed")
     without_cuda(monkeypatch)
     assert "'c++' is not on the path" in run()["ta_segments_cpu"]["detail"]
-    executable(tools, "c++")
-    executable(tools, "ninja")
+    tool(tools / "c++")
+    tool(tools / "ninja")
     facts = run()
     assert facts["ta_segments_cpu"]["state"] == "ok" and "first use" in facts["ta_segments_cpu"]["detail"]
 
@@ -70,10 +66,11 @@ def test_nvcc_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("deepspeed")
     without_cuda(monkeypatch)
     for name in ("c++", "ninja", "nvcc"):
-        executable(tools, name)
+        tool(tools / name)
+    monkeypatch.setenv("CUDA_HOME", str(cuda_of_version(tools / "cuda", "13.0")))
     monkeypatch.setattr(module, "op_specs", lambda: [module.OpSpec("ta_any", "cpu", "cuda")])
     facts = run()
-    assert facts["nvcc"]["state"] == "ok"
+    assert facts["nvcc"]["state"] == "ok" and facts["nvcc"]["detail"] == f"13.0, in {tools / 'cuda'}"
     assert facts["ta_any"]["state"] == "missing" and "nothing links against this torch" in facts["ta_any"]["detail"]
 
 
@@ -84,14 +81,41 @@ def test_with_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "A GPU")
-    for name in ("c++", "ninja", "nvcc"):
-        executable(tools, name)
+    for name in ("c++", "ninja"):
+        tool(tools / name)
+    monkeypatch.setenv("CUDA_HOME", str(cuda_of_version(tools / "cuda", "13.0")))
     monkeypatch.setattr(module, "op_specs", lambda: [module.OpSpec("ta_any", "cpu", "cuda")])
     facts = run()
     assert facts["GPU 0"]["detail"] == "A GPU, sm_90"
+    assert facts["nvcc"]["detail"] == f"13.0, in {tools / 'cuda'}"
     assert facts["ta_any"]["state"] == "ok"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (12, 0))
+    assert run()["ta_any"]["detail"].endswith("for sm_80, sm_90a, sm_100, but this GPU is sm_120")
     assert facts["backend sdpa"]["state"] == "missing"
     assert any(name.startswith("cuda, torch.bfloat16") for name in facts)
+
+
+def test_cuda_in_torch_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What builds is one thing, what runs another: without a GPU attention runs on the CPU."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("c++", "ninja"):
+        tool(tools / name)
+    monkeypatch.setattr(module, "op_specs", lambda: [module.OpSpec("ta_any", "cpu", "cuda")])
+    monkeypatch.setenv("CUDA_HOME", str(tools))
+    facts = run()
+    assert facts["nvcc"]["state"] == facts["ta_any"]["state"] == "missing"
+    assert "holds no nvcc" in facts["ta_any"]["detail"] and facts["ta_any"]["detail"] == facts["nvcc"]["detail"]
+    monkeypatch.setenv("CUDA_HOME", str(cuda_of_version(tools / "cuda", "12.9")))
+    assert "is of CUDA 12.9, torch of 13.0" in run()["ta_any"]["detail"]
+    monkeypatch.setenv("CUDA_HOME", str(cuda_of_version(tools / "newer", "13.1")))
+    facts = run()
+    assert (
+        facts["ta_any"]["detail"]
+        == "not built yet; builds on first use, for sm_80, sm_90a, sm_100 (no GPU here to run it)"
+    )
+    assert facts["GPU"]["state"] == "missing" and facts["cpu, torch.float32, head_dim 64"]["detail"].startswith("sdpa")
 
 
 def test_versions_outside_the_range_are_a_warning(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ class Setup:
     sgd: bool = False  # unlike Adagrad and AdamW, it notices a gradient that is off by a factor
     steps: int = 10
     block: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)  # further keys of the config
 
     def config(self) -> dict[str, Any]:
         zero = {"stage": self.stage, "stage3_param_persistence_threshold": 0}
@@ -59,6 +60,7 @@ class Setup:
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**6,
+            **self.more,
         }
         if self.bf16:
             config["bf16"] = {"enabled": True}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,45 @@ def continue_on_fewer(folder: str, setup: Setup, saved_on: int) -> None:
 def test_resumes_on_another_number_of_ranks(engines_on: Any, tmp_path: Path) -> None:
     engines_on(4).run(save_after, str(tmp_path), Setup(size=4, steps=3))
     engines_on(2).run(continue_on_fewer, str(tmp_path), Setup(size=2, steps=2), 4)
+
+
+def continue_from_universal(folder: str, setup: Setup, saved_on: int) -> None:
+    from ta_plugin.deepspeed import initialize
+
+    model, dense = build_models()
+    config = {**setup.config(), "checkpoint": {"load_universal": True}}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=DENSE_RATE)
+    engine = initialize(model=model, optimizer=optimizer, config=config)[0]
+    with pytest.raises(FileNotFoundError, match="copy the folder tokenized_attention"):
+        engine.load_checkpoint(folder, tag="universal")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.copytree(f"{folder}/here/tokenized_attention", f"{folder}/universal/tokenized_attention")
+    dist.barrier()
+    engine.load_checkpoint(folder, tag="universal")
+    optimizers = dense_optimizers(dense)
+    train_dense(dense, Setup(steps=3), world=saved_on, optimizers=optimizers)
+    expected = train_dense(dense, setup, dist.get_world_size(), first=3, optimizers=optimizers)
+    torch.testing.assert_close(train_engine(engine, setup, first=3), expected, rtol=0, atol=1e-5)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_universal_checkpoints_resume_on_another_number_of_ranks(engines_on: Any, tmp_path: Path, stage: int) -> None:
+    """ZeRO's own files belong to one number of ranks; DeepSpeed's converter frees them of it, and the rows never were bound."""
+    engines_on(4).run(save_after, str(tmp_path), Setup(stage=stage, size=4, steps=3))
+    convert = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--num_extract_workers",
+        "1",
+        "--inject_missing_state",
+    ]
+    convert += ["--num_merge_workers", "1", "--input_folder", str(tmp_path / "here")]
+    done = subprocess.run([*convert, "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    engines_on(2).run(continue_from_universal, str(tmp_path), Setup(stage=stage, size=2, steps=2), 4)
 
 
 def engines_files_hold_no_rows(folder: str) -> None:

@@ -30,6 +30,7 @@ def message_of(block: dict[str, Any], key: str = "tokenized_attention", extra: d
         ({"sise": 2}, "tokenized_attention", "tokenized_attention.sise is no known key; did you mean 'size'"),
         ({"size": "two"}, "tokenized_attention", "tokenized_attention.size is 'two'"),
         ({"size": 0}, "tokenized_attention", "tokenized_attention.size is 0"),
+        ({"row_multiple": 0}, "tokenized_attention", "tokenized_attention.row_multiple is 0"),
         ({"strategy": "ring"}, "tokenized_attention", "tokenized_attention.strategy is 'ring'"),
         ({"backend": "sdap"}, "tokenized_attention", "tokenized_attention.backend: backend is 'sdap'"),
         ({"optimizer": {"typ": "sgd"}}, "tokenized_attention", "optimizer.typ is no known key; did you mean 'type'"),
@@ -65,6 +66,11 @@ def test_ranks_with_other_configs_all_raise(engines_on: Any) -> None:
 def test_what_would_train_wrong_is_refused(engines_on: Any, extra: dict[str, Any]) -> None:
     messages = engines_on(4).run(message_of, {"size": 2}, "tokenized_attention", extra)
     assert all("beside tokenized_attention" in message for message in messages)
+
+
+def test_fp16_without_zero_is_refused(engines_on: Any) -> None:
+    messages = engines_on(2).run(message_of, {"size": 2}, "tokenized_attention", {"fp16": {"enabled": True}})
+    assert all("fp16 is enabled at zero_optimization.stage 0" in message for message in messages)
 
 
 def methods_of(engine: Any) -> set[str]:

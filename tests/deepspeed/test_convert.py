@@ -36,11 +36,11 @@ class Encoder(nn.Module):
         return (self.head(x).squeeze(-1).masked_fill(mask, 0.0)).square().sum() / 10
 
 
-def multihead_equals_plain(stage: int) -> None:
+def multihead_equals_plain(stage: int, row_multiple: int) -> None:
     torch.manual_seed(3)
     model = Encoder()
     plain = copy.deepcopy(model)
-    block = {"modules": ["layers.*.self_attn"], "tokens": "ids", "lengths": "lengths"}
+    block = {"modules": ["layers.*.self_attn"], "tokens": "ids", "lengths": "lengths", "row_multiple": row_multiple}
     setup = Setup(stage=stage, sgd=True, block=block)
     engine = build_engine(model, setup)
     changed = dict(engine.tokenized_attention.conversion.changed)
@@ -60,14 +60,16 @@ def multihead_equals_plain(stage: int) -> None:
         engine.backward(loss)
         engine.step()
         torch.testing.assert_close(loss.item(), expected[dist.get_rank()], rtol=1e-5, atol=1e-5)
-    rows = model.layers[0].self_attn._plan.space.num_rows
+    space = model.layers[0].self_attn._plan.space
+    rows = space.num_rows - space.spare_rows
     assert rows < int(lengths.clamp(min=1).sum()), "the batch repeats no token: nothing was folded"
+    assert space.num_rows % row_multiple == 0 and bool(space.spare_rows) == (row_multiple > 1)
     engine.destroy()
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_multihead_attention_equals_plain(engines_on: Any, stage: int) -> None:
-    engines_on(2).run(multihead_equals_plain, stage)
+@pytest.mark.parametrize(("stage", "row_multiple"), [(0, 1), (2, 1), (3, 1), (1, 32)])
+def test_multihead_attention_equals_plain(engines_on: Any, stage: int, row_multiple: int) -> None:
+    engines_on(2).run(multihead_equals_plain, stage, row_multiple)
 
 
 def positions_are_found() -> str:

@@ -69,7 +69,7 @@ def beside_ulysses(stage: int, size: int, layout: str, clip: float) -> None:
         ours = TokenizedUlyssesAttention() if layout == "sequence" else UlyssesPlain(mpu.get_sequence_parallel_group())
         model, dense = SequenceModel(ours), SequenceModel(Plain())
         dense.load_state_dict(model.state_dict())
-        block = {"size": size, "layout": layout, "embeddings": ["embedding"], "optimizer": OPTIMIZER}
+        block = {"size": size, "layout": layout, "embeddings": ["embedding"], "optimizer": OPTIMIZER, "row_multiple": 5}
         config = Setup(stage=stage, size=None, clip=clip).config() | {"tokenized_attention": block}
         optimizer = torch.optim.SGD(model.parameters(), lr=SGD_RATE)
         engine = initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
@@ -169,49 +169,20 @@ class TokenMLP(nn.Module):
         return self.head(self.mlp(self.embedding(tokens)))
 
 
-class ParallelState:
-    """The part of Megatron-core's parallel_state that DeepSpeed reaches through the shim: TP 2 x DP 2."""
-
-    def __init__(self) -> None:
-        pairs = {"tp": [[0, 1], [2, 3]], "dp": [[0, 2], [1, 3]]}
-        self.groups: dict[str, Any] = {}
-        for name, lists in pairs.items():
-            for ranks in lists:
-                group = dist.new_group(ranks)
-                if dist.get_rank() in ranks:
-                    self.groups[name] = group
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return 2
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.groups["tp"])
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self.groups["tp"]
-
-    def get_data_parallel_world_size(self) -> int:
-        return 2
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.groups["dp"])
-
-    def get_data_parallel_group(self) -> Any:
-        return self.groups["dp"]
-
-
 def beside_tensor_parallelism(stage: int, size: int, clip: float) -> None:
     from deepspeed.utils import groups
+    from megatron.core import parallel_state
 
     from ta_plugin.deepspeed import MegatronMPU, initialize
 
-    state = ParallelState()
-    mpu = MegatronMPU(state)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    mpu = MegatronMPU(parallel_state)
+    replicas = parallel_state.get_data_parallel_group()
     try:
         torch.manual_seed(2)
         inner, outer = nn.Linear(DIM, 12, bias=False), nn.Linear(12, DIM, bias=False)
         dense = TokenMLP(nn.Sequential(inner, nn.Tanh(), outer))
-        model = TokenMLP(ColumnThenRow(inner, outer, state.groups["tp"]))
+        model = TokenMLP(ColumnThenRow(inner, outer, parallel_state.get_tensor_model_parallel_group()))
         for name in ("embedding", "head"):
             getattr(model, name).load_state_dict(getattr(dense, name).state_dict())
         block = {"size": size, "embeddings": ["embedding"], "optimizer": OPTIMIZER}
@@ -227,26 +198,29 @@ def beside_tensor_parallelism(stage: int, size: int, clip: float) -> None:
             if clip:
                 nn.utils.clip_grad_norm_(dense.parameters(), clip)
             reference.step()
-            x, y = pairs[state.get_data_parallel_rank()]
+            x, y = pairs[parallel_state.get_data_parallel_rank()]
             loss = F.cross_entropy(engine(x).flatten(0, 1), y.flatten())
             engine.backward(loss)
             engine.step()
             mean = loss.detach().clone()
-            dist.all_reduce(mean, group=state.groups["dp"])
+            dist.all_reduce(mean, group=replicas)
             torch.testing.assert_close(mean / 2, expected.detach(), rtol=0, atol=1e-5)
         torch.testing.assert_close(model.embedding.table.to_dense(), dense.embedding.weight.detach(), rtol=0, atol=1e-5)
         engine.destroy()
     finally:
         groups.mpu = None
+        parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_beside_tensor_parallelism(engines_on: Any, stage: int) -> None:
+    pytest.importorskip("megatron.core")
     engines_on(4).run(beside_tensor_parallelism, stage, 2, 0.0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_clipping_counts_rows_once_under_tensor_parallelism(engines_on: Any, stage: int) -> None:
+    pytest.importorskip("megatron.core")
     engines_on(4).run(beside_tensor_parallelism, stage, 1, 0.1)
 
 

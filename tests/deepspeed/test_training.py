@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from engines import Model, Setup, batch, build_engine, build_models, dense_loss, gathered, train_dense, train_engine
+from engines import (
+    Model,
+    Setup,
+    batch,
+    build_engine,
+    build_models,
+    dense_loss,
+    dense_optimizers,
+    gathered,
+    train_dense,
+    train_engine,
+)
 from torch import nn
 
 
@@ -120,6 +133,76 @@ def skips_with_the_engine(stage: int) -> None:
 
 def test_a_skipped_step_skips_the_rows(engines_on: Any) -> None:
     engines_on(4).run(skips_with_the_engine, 3)  # the stage that checks for overflow in float32 too
+
+
+@contextlib.contextmanager
+def fp16_on_any_cpu() -> Iterator[None]:
+    """DeepSpeed asks for fast instructions; torch computes in fp16 without them."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
+
+
+def trains_in_fp16(stage: int, scaling: dict[str, Any], overflow_at: int) -> None:
+    """Steps that overflow skip the rows too, and what is applied follows the dense model."""
+    fp16 = {"fp16": {"enabled": True, **scaling}}
+    setup = Setup(stage=stage, clip=0.3, sgd=True, size=2, more=fp16)
+    model, dense = build_models(sgd=True)
+    table, references = model.attention.embedding_fn, dense_optimizers(dense, sgd=True)
+    losses, expected, skipped = [], [], 0
+    with fp16_on_any_cpu():
+        engine = build_engine(model, setup)
+        for step in range(14):
+            before = table.rows.clone()
+            tokens, lengths, targets, labels = batch(step, dist.get_rank())
+            infinite = step == overflow_at and dist.get_rank() == 1
+            loss = engine(tokens, lengths, targets, labels * float("inf") if infinite else labels)
+            engine.backward(loss)
+            engine.step()
+            if not engine.was_step_applied():
+                assert torch.equal(table.rows, before)
+                skipped += 1
+                continue
+            dist.all_reduce(loss.detach())
+            losses.append(float(loss) / dist.get_world_size())
+            one = Setup(steps=1, clip=setup.clip)
+            expected += train_dense(dense, one, dist.get_world_size(), first=step, optimizers=references)
+        engine.destroy()
+    assert 1 <= skipped <= 10 and engine.skipped_steps == skipped and int(table.steps) == 14 - skipped
+    torch.testing.assert_close(losses, expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(table.to_dense(), dense.attention.embedding_fn.weight.detach(), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_with_steps_that_overflow(engines_on: Any, stage: int) -> None:
+    dynamic = {"initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 1000}
+    engines_on(2).run(trains_in_fp16, stage, dynamic, -1)
+
+
+def test_fp16_without_zero(engines_on: Any) -> None:
+    engines_on(2).run(trains_in_fp16, 0, {"loss_scale": 1}, 3)  # other scales are refused there
+
+
+def forgets_on_zero_grad(stage: int) -> None:
+    """What the user's engine.zero_grad() drops, the rows drop with it."""
+    setup = Setup(stage=stage, sgd=True, steps=3)
+    model, dense = build_models(sgd=True)
+    engine = build_engine(model, setup)
+    engine.backward(engine(*batch(7, dist.get_rank())))
+    engine.zero_grad()
+    engine.optimizer.zero_grad()  # gradients that a ZeRO optimizer has taken over already
+    expected = train_dense(dense, setup, world=dist.get_world_size())
+    torch.testing.assert_close(train_engine(engine, setup), expected, rtol=0, atol=1e-5)
+    engine.destroy()
+
+
+def test_zero_grad_forgets_recorded_rows(engines_on: Any) -> None:
+    engines_on(2).run(forgets_on_zero_grad, 0)
 
 
 def row_rate_follows_schedule() -> None:

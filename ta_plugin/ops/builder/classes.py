@@ -14,7 +14,8 @@ import torch
 from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 
-from ta_plugin.ops.builder.specs import OpSpec
+from ta_plugin.ops.builder.specs import OpSpec, source_root
+from ta_plugin.ops.builder.toolkit import cuda_toolkit, cuda_wheel_headers, missing_toolkit
 
 
 class _Builder(OpBuilder):
@@ -72,16 +73,27 @@ class CPUBuilder(_Builder, CPUOpBuilder):
         args = [*super().cxx_args(), "-std=c++20"]
         if self.jit_mode:
             return args
-        return [
-            arg for arg in args if not arg.startswith(("-march", "-mcpu", "-D__AVX"))
-        ]  # wheels run on other machines
+        # wheels run on other machines, and need no debug information (nine tenths of the file)
+        kept = [arg for arg in args if not arg.startswith(("-march", "-mcpu", "-D__AVX")) and arg != "-g"]
+        return [*kept, "-g0"]
 
 
 class CUDABuilder(_Builder, CUDAOpBuilder):
     """An extension of C++ and CUDA sources, for the architectures of its spec."""
 
     def cxx_args(self) -> list[str]:
-        return ["-O3", "-std=c++20"]
+        return ["-O3", "-std=c++20", "-g0"]
+
+    def include_paths(self) -> list[str]:
+        # torch takes the folder above the first nvcc on the path for the toolkit, which a wrapper script makes wrong
+        toolkit = cuda_toolkit()
+        found = [] if toolkit is None else [toolkit / "include"]
+        return [*super().include_paths(), *map(str, [*found, *cuda_wheel_headers()])]
+
+    def extra_ldflags(self) -> list[str]:
+        toolkit = cuda_toolkit()
+        folders = [] if toolkit is None else [toolkit / name for name in ("lib64", "lib")]
+        return [f"-L{folder}" for folder in folders if folder.is_dir()]
 
     def nvcc_args(self) -> list[str]:
         # DeepSpeed's parser of architecture lists takes no "9.0a", and has no defaults for CUDA 13
@@ -91,6 +103,11 @@ class CUDABuilder(_Builder, CUDAOpBuilder):
     def jit_load(self, verbose: bool = True) -> Any:
         with _environment("TORCH_CUDA_ARCH_LIST", torch_architectures(self.spec)):
             return super().jit_load(verbose)
+
+    def extension(self, root: Path) -> Any:
+        # DeepSpeed refuses any minor version but torch's own; CUDA links within a major one, which `missing_for` has checked
+        with _environment("DS_SKIP_CUDA_CHECK", "1"):
+            return super().extension(root)
 
 
 def builder_of(spec: OpSpec) -> CPUBuilder | CUDABuilder:
@@ -102,7 +119,7 @@ def missing_for(spec: OpSpec) -> str | None:
     """What keeps an extension from being built here and how to change that, or None."""
     sources = spec.sources()
     if not sources:
-        return f"csrc/{spec.folder} holds no sources; install from a checkout (pip install -e .) or with TA_BUILD_OPS=1"
+        return f"{source_root() / spec.folder} holds no sources; install ta_plugin again"
     if not any(path.suffix == ".cpp" for path in sources):
         return f"csrc/{spec.folder} has kernels but no binding to torch yet"
     compiler = os.environ.get("CXX", "c++")
@@ -119,9 +136,7 @@ def missing_for(spec: OpSpec) -> str | None:
         nvcc = shutil.which("nvcc")
         seen = f" ({nvcc} is there: it can check the kernels, but nothing links against this torch)" if nvcc else ""
         return f"torch {torch.__version__} is built without CUDA{seen}; install a CUDA build of torch"
-    if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
-        return "nvcc is not on the path; install the CUDA toolkit or set CUDA_HOME"
-    return None
+    return missing_toolkit()
 
 
 def torch_architectures(spec: OpSpec) -> str:

@@ -38,7 +38,7 @@ class OpSpec:
         return f"DS_BUILD_{self.name.upper()}"
 
     def sources(self) -> list[Path]:
-        """Absolute paths, empty where the package was installed without csrc/."""
+        """Absolute paths."""
         folder = source_root() / self.folder
         kinds = ("*.cpp",) if self.device == "cpu" else ("*.cpp", "*.cu")
         return sorted(path for kind in kinds for path in folder.glob(kind))
@@ -66,5 +66,7 @@ def spec_of(name: str) -> OpSpec:
 
 
 def source_root() -> Path:
-    """csrc/ beside the package."""
-    return Path(__file__).resolve().parents[3] / "csrc"
+    """csrc/ beside the package in a checkout, inside it where it was installed."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
