@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ta_plugin.attention import weighted_attention
-from ta_plugin.attention.backends import choose
 
 BACKENDS = ["reference", "sdpa"]
 
@@ -166,6 +165,25 @@ def test_sdpa_equals_reference(sizes: Any, heads: Any, weight: str, absent: floa
     compare(call, expected, "sdpa", 2e-5)
 
 
+@settings(max_examples=60)
+@given(sizes, heads, weights, absences, st.integers(0, 99))
+def test_sdpa_with_a_causal_mask_equals_reference(
+    sizes: Any, heads: Any, weight: str, absent: float, seed: int
+) -> None:
+    call = tensors(Problem(sizes, *heads, weight=weight, absent=absent, causal=True, seed=seed), torch.float32, dim=8)
+    compare(call, weighted_attention(**call, return_lse=True, backend="reference"), "sdpa", 2e-5)
+
+
+@settings(max_examples=80)
+@given(sizes, heads, weights, absences, st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_sdpa_with_a_weight_per_chunk_of_queries_equals_reference(
+    sizes: Any, heads: Any, weight: str, absent: float, chunks: int, prefix: bool, causal: bool, seed: int
+) -> None:
+    problem = Problem(sizes, *heads, weight, absent, chunks, prefix, causal, seed)
+    call = tensors(problem, torch.float32, dim=8)
+    compare(call, weighted_attention(**call, return_lse=True, backend="reference"), "sdpa", 2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("through", ["out", "lse"])
 def test_gradients_flow_through_out_or_lse_alone(backend: str, through: str) -> None:
@@ -293,32 +311,6 @@ def test_values_may_be_wider_than_keys() -> None:
     call["v"] = torch.arange(140.0, dtype=torch.float64).sin().view(10, 2, 7).requires_grad_()
     compare(call, by_loops(call), "reference", 1e-12)
     torch.testing.assert_close(weighted_attention(**call), by_loops(call)[0], rtol=0, atol=1e-12)
-
-
-def chosen(requested: str | None, **changes: Any) -> Any:
-    options: dict[str, Any] = {"dtype": torch.float32, "head_dim": 8, "value_dim": 8}
-    options |= {"device": torch.device("cpu"), "per_query_weights": False, "causal": False}
-    return choose(requested, **(options | changes))
-
-
-def test_the_choice_of_backend_says_why() -> None:
-    assert chosen(None).name == "sdpa"
-    assert "torch.float32" in chosen(None).reason
-    assert chosen("reference") == type(chosen(None))("reference", "as requested")
-    for changes, why in (
-        ({"dtype": torch.float64}, "float64"),
-        ({"causal": True}, "causal"),
-        ({"per_query_weights": True}, "per-query"),
-        ({"value_dim": 9}, "8 and 9"),
-    ):
-        assert chosen(None, **changes).name == "reference"
-        assert why in chosen(None, **changes).reason
-        with pytest.raises(ValueError, match="backend 'sdpa'"):
-            chosen("sdpa", **changes)
-    with pytest.raises(ValueError, match="runs on CUDA"):
-        chosen("flex")
-    with pytest.raises(ValueError, match="backend is 'fast'"):
-        chosen("fast")
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ def test_with_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (12, 0))
     assert run()["ta_any"]["detail"].endswith("for sm_80, sm_90a, sm_100, but this GPU is sm_120")
     assert facts["backend sdpa"]["state"] == "missing"
-    assert any(name.startswith("cuda, torch.bfloat16") for name in facts)
+    assert facts["cuda, torch.bfloat16, head_dim 64"]["detail"].startswith("hopper (the fastest as measured")
+    assert facts["backend hopper"]["state"] == "ok"  # nvcc is found: it builds on first use
+    assert "flash-attn-4 is not installed" in facts["backend flash4"]["detail"]
 
 
 def test_cuda_in_torch_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
