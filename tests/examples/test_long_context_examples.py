@@ -36,7 +36,7 @@ def test_genome(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "28,800 bases" in printed
     found = results(tmp_path, "genome.png")
-    assert [model["name"] for model in found["models"]][0] == "window and genome"
+    assert found["models"][0]["name"] == "window and genome"
     assert all(model["bits"] < 1.8 for model in found["models"])  # composition alone: about 2
     assert all(cost["difference"] < 1e-4 for cost in found["costs"]) and len(found["costs"]) == 2
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 CUDA_ARCHITECTURES = ("80", "90a", "100")  # built ahead of time; a kernel that needs one of them says so in its spec
 
+ROW_OPERATORS = ("segment_sum", "segment_logsumexp", "expand", "merge", "merge_backward")
+
 
 @dataclass(frozen=True)
 class OpSpec:
@@ -52,7 +54,8 @@ class OpSpec:
 def op_specs() -> list[OpSpec]:
     """Every extension there is."""
     return [
-        OpSpec("ta_segments_cpu", "cpu", "cpu", operators=("segment_sum",)),
+        OpSpec("ta_cpu", "cpu", "cpu", operators=ROW_OPERATORS),
+        OpSpec("ta_rows", "rows", "cuda", operators=ROW_OPERATORS),
         OpSpec("ta_weighted_attention", "weighted_attention", "cuda", architectures=("90a",)),
     ]
 
