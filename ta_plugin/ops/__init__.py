@@ -1,5 +1,6 @@
 """Primitive operations on packed rows; each is differentiable and bitwise repeatable."""
 
+from ta_plugin.ops.load import LoadedOp, load_op, operators
 from ta_plugin.ops.segments import Segments, expand, segment_logsumexp, segment_sum
 
-__all__ = ["Segments", "expand", "segment_logsumexp", "segment_sum"]
+__all__ = ["LoadedOp", "Segments", "expand", "load_op", "operators", "segment_logsumexp", "segment_sum"]

@@ -1,7 +1,7 @@
 """Sums over the members of a segment, and their transpose: the only two ways data enters and leaves unique space.
 
-Both directions sum in a fixed order (segment members in ascending index), never by atomics, so that forward and
-backward are bitwise repeatable.
+Both directions sum in a fixed order (ascending members; on CUDA a tree over them that depends on the segments alone), never
+by atomics, so that forward and backward are bitwise repeatable. Kernels: csrc/cpu/segments.cpp and csrc/rows/segments.cu.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ta_plugin.ops.registry import Operator
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,21 @@ class Segments:
         torch.cumsum(torch.bincount(index, minlength=num_segments), 0, out=offsets[1:])
         return cls(index, torch.argsort(index, stable=True), offsets)
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As the operators take them: index, order, offsets."""
+        return self.index, self.order, self.offsets
+
 
 def segment_sum(values: Tensor, segments: Segments) -> Tensor:
     """Sum of each segment's members: values (M, ...) floating -> (U, ...), same dtype. An empty segment gives 0."""
     _check_rows("values", values, segments.num_members)
-    return _SegmentSum.apply(values, segments)
+    return SEGMENT_SUM(values, *segments.tensors())
 
 
 def expand(rows: Tensor, segments: Segments) -> Tensor:
     """Each member's segment row: rows (U, ...) floating -> (M, ...), same dtype. The transpose of `segment_sum`."""
     _check_rows("rows", rows, segments.num_segments)
-    return _Expand.apply(rows, segments)
+    return EXPAND(rows, *segments.tensors())
 
 
 def segment_logsumexp(values: Tensor, segments: Segments) -> Tensor:
@@ -61,7 +67,7 @@ def segment_logsumexp(values: Tensor, segments: Segments) -> Tensor:
     A segment that is empty or all -inf gives -inf and passes gradient 0 (torch.logsumexp gives NaN there).
     """
     _check_rows("values", values, segments.num_members)
-    return _SegmentLogSumExp.apply(values, segments)
+    return SEGMENT_LOGSUMEXP(values, *segments.tensors())
 
 
 def _check_rows(name: str, x: Tensor, expected: int) -> None:
@@ -71,52 +77,70 @@ def _check_rows(name: str, x: Tensor, expected: int) -> None:
         raise ValueError(f"{name} is {x.dtype}; pass a floating point tensor")
 
 
-def _sum_members(values: Tensor, segments: Segments) -> Tensor:
-    if values.numel() == 0 or segments.num_segments == 0:
-        return values.new_zeros(segments.num_segments, *values.shape[1:])
+def _sum_in_torch(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    segments = offsets.shape[0] - 1
+    if values.numel() == 0 or segments == 0:
+        return values.new_zeros(segments, *values.shape[1:])
     flat = values.reshape(values.shape[0], -1)
     # embedding_bag gathers and sums in one pass, each output element by one thread in member order
-    summed = F.embedding_bag(segments.order, flat, segments.offsets, mode="sum", include_last_offset=True)
-    return summed.reshape(segments.num_segments, *values.shape[1:])
+    summed = F.embedding_bag(order, flat, offsets, mode="sum", include_last_offset=True)
+    return summed.reshape(segments, *values.shape[1:])
 
 
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return _sum_members(values, segments)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Expand.apply(grad, ctx.segments), None
+def _expand_in_torch(rows: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return rows.index_select(0, index)
 
 
-class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return rows.index_select(0, segments.index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _SegmentSum.apply(grad, ctx.segments), None
+def _logsumexp_in_torch(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    spread = index.view(-1, *([1] * (values.dim() - 1))).expand_as(values)
+    peak = values.new_full((offsets.shape[0] - 1, *values.shape[1:]), -torch.inf)
+    peak = peak.scatter_reduce(0, spread, values, "amax")  # a maximum does not depend on order
+    shift = peak.masked_fill(peak == -torch.inf, 0.0)
+    return shift + _sum_in_torch((values - shift.index_select(0, index)).exp(), index, order, offsets).log()
 
 
-class _SegmentLogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
-        index = segments.index.view(-1, *([1] * (values.dim() - 1))).expand_as(values)
-        peak = values.new_full((segments.num_segments, *values.shape[1:]), -torch.inf)
-        peak = peak.scatter_reduce(0, index, values, "amax")  # a maximum does not depend on order
-        shift = peak.masked_fill(peak == -torch.inf, 0.0)
-        lse = shift + _sum_members((values - shift.index_select(0, segments.index)).exp(), segments).log()
-        ctx.segments = segments
-        ctx.save_for_backward(values, lse)
-        return lse
+def _segments_like(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1, *values.shape[1:])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        values, lse = ctx.saved_tensors
-        safe = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf - 0) = 0 for every member of such a segment
-        share = (values - _Expand.apply(safe, ctx.segments)).exp()
-        return _Expand.apply(grad, ctx.segments) * share, None
+
+def _members_like(rows: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return rows.new_empty(index.shape[0], *rows.shape[1:])
+
+
+def _keep_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return EXPAND(grad, *ctx.saved_tensors), None, None, None
+
+
+def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return SEGMENT_SUM(grad, *ctx.saved_tensors), None, None, None
+
+
+def _logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    values, *segments, lse = ctx.saved_tensors
+    safe = lse.masked_fill(lse == -torch.inf, 0.0)  # exp(-inf - 0) = 0 for every member of such a segment
+    return EXPAND(grad, *segments) * (values - EXPAND(safe, *segments)).exp(), None, None, None
+
+
+_SEGMENTS = "Tensor index, Tensor order, Tensor offsets) -> Tensor"
+SEGMENT_SUM = Operator(
+    "segment_sum", f"(Tensor values, {_SEGMENTS}", _sum_in_torch, _segments_like, _keep_segments, _sum_backward
+)
+EXPAND = Operator(
+    "expand", f"(Tensor rows, {_SEGMENTS}", _expand_in_torch, _members_like, _keep_segments, _expand_backward
+)
+SEGMENT_LOGSUMEXP = Operator(
+    "segment_logsumexp",
+    f"(Tensor values, {_SEGMENTS}",
+    _logsumexp_in_torch,
+    _segments_like,
+    _keep_values,
+    _logsumexp_backward,
+)

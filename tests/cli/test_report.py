@@ -59,11 +59,11 @@ def test_without_cuda(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiler_alone_builds_the_cpu_ops(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
     without_cuda(monkeypatch)
-    assert "'c++' is not on the path" in run()["ta_segments_cpu"]["detail"]
+    assert "'c++' is not on the path" in run()["ta_cpu"]["detail"]
     executable(tools, "c++")
     executable(tools, "ninja")
     facts = run()
-    assert facts["ta_segments_cpu"]["state"] == "ok" and "first use" in facts["ta_segments_cpu"]["detail"]
+    assert facts["ta_cpu"]["state"] == "ok" and "first use" in facts["ta_cpu"]["detail"]
 
 
 def test_nvcc_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:

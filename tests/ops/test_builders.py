@@ -13,63 +13,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 import torch
 
-from ta_plugin.ops import Segments, segment_sum
-from ta_plugin.ops.builder import load_op, op_specs, spec_of
-from ta_plugin.ops.builder.load import segment_sum_in_torch
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Any:
-    pytest.importorskip("deepspeed")
-    op = load_op("segment_sum")
-    assert op.implementation == "compiled", op.reason
-    return op
-
-
-def segments(members: int, rows: int, seed: int) -> Segments:
-    g = torch.Generator().manual_seed(seed)
-    return Segments.from_index(torch.randint(0, max(rows, 1), (members,), generator=g), rows)
-
-
-@pytest.mark.parametrize(
-    ("members", "rows", "width"), [(0, 0, 3), (0, 4, 3), (1, 1, 1), (57, 9, 5), (300, 7, 0), (64, 64, 33)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_equals_plain_torch(compiled: Any, members: int, rows: int, width: int, dtype: torch.dtype) -> None:
-    s = segments(members, rows, members)
-    values = torch.randn(members, width, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    out = compiled(values, s.order, s.offsets)
-    expected = torch.zeros(rows, width, dtype=dtype).index_add_(0, s.index, values)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(out, segment_sum_in_torch(values, s.order, s.offsets))
-    torch.testing.assert_close(out, segment_sum(values, s))
-    assert torch.equal(out, compiled(values, s.order, s.offsets))
-
-
-def test_half_types_accumulate_in_float(compiled: Any) -> None:
-    ones = torch.ones(1000, 1, dtype=torch.bfloat16)
-    s = Segments.from_index(torch.zeros(1000, dtype=torch.int64), 1)
-    assert compiled(ones, s.order, s.offsets).item() == 1000  # in bf16 the sum would stop at 256
-
-
-def test_torch_accepts_the_operator(compiled: Any) -> None:
-    s = segments(20, 5, 0)
-    torch.library.opcheck(torch.ops.ta_plugin.segment_sum.default, (torch.randn(20, 3), s.order, s.offsets))
-
-
-@pytest.mark.parametrize(
-    ("values", "order", "offsets", "expected"),
-    [
-        (torch.ones(3), torch.arange(3), torch.tensor([0, 3]), "pass floating"),
-        (torch.ones(3, 1), torch.arange(2), torch.tensor([0, 2]), "order is"),
-        (torch.ones(3, 1), torch.tensor([0, 1, 3]), torch.tensor([0, 3]), r"order\[2\] is 3"),
-        (torch.ones(3, 1), torch.arange(3), torch.tensor([0, 4]), r"offsets\[1\] is 4"),
-        (torch.ones(3, 1), torch.arange(3), torch.tensor([0, 2, 1]), r"offsets\[2\] is 1"),
-    ],
-)
-def test_wrong_arguments_are_named(compiled: Any, values: Any, order: Any, offsets: Any, expected: str) -> None:
-    with pytest.raises((ValueError, IndexError), match=expected):
-        compiled(values, order, offsets)
+from ta_plugin.ops import load_op, operators
+from ta_plugin.ops.builder import op_specs, spec_of
 
 
 def in_fresh_python(code: str, **environment: str) -> str:
@@ -77,32 +22,69 @@ def in_fresh_python(code: str, **environment: str) -> str:
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
 
 
+SUM = (
+    "import warnings, torch; warnings.simplefilter('ignore')\n"
+    "from ta_plugin.ops import Segments, load_op, segment_sum\n"
+    "from ta_plugin.ops.registry import is_compiled\n"
+    "segments = Segments.from_index(torch.tensor([0, 1, 1]), 2)\n"
+)
+
+
 def test_without_a_compiler_the_fallback_says_so() -> None:
     code = (
-        "import warnings, torch; warnings.simplefilter('ignore')\n"
-        "from ta_plugin.ops.builder import load_op\n"
         "op = load_op('segment_sum'); print(op.implementation, '|', op.reason)\n"
-        "print(op(torch.ones(3, 1), torch.arange(3), torch.tensor([0, 1, 3])).flatten().tolist())"
+        "print(op(torch.ones(3, 1), *segments.tensors()).flatten().tolist())"
     )
-    out = in_fresh_python(code, CXX="no-such-compiler")
+    out = in_fresh_python(SUM + code, CXX="no-such-compiler")
     assert "fallback | the C++ compiler 'no-such-compiler' is not on the path; install g++ or set CXX" in out
     assert "[1.0, 2.0]" in out
 
 
+def test_a_call_on_the_cpu_compiles_nothing() -> None:
+    code = (
+        "print(segment_sum(torch.ones(3, 1), segments).flatten().tolist())\n"
+        "import sys; print(is_compiled('segment_sum', 'cpu'), 'deepspeed' in sys.modules)\n"
+        "before = [hasattr(torch.ops.ta_plugin, name) for name in ('segment_sum', 'expand')]; print(before)"
+    )
+    assert in_fresh_python(SUM + code).split("\n")[:3] == ["[1.0, 2.0]", "False False", "[True, False]"]
+
+
+def test_what_was_built_ahead_of_time_is_used(tmp_path: Path) -> None:
+    """A stand-in for the module that setup.py builds: it registers a kernel that answers 7."""
+    (tmp_path / "ta_cpu_op.py").write_text(
+        "import torch\n"
+        "torch.library.impl('ta_plugin::segment_sum', 'CPU', lambda v, i, o, f: v.new_full((f.numel() - 1, 1), 7.0))\n"
+    )
+    code = (
+        f"import ta_plugin.ops; ta_plugin.ops.__path__.append({str(tmp_path)!r})\n"
+        "print(segment_sum(torch.ones(3, 1), segments).flatten().tolist(), is_compiled('segment_sum', 'cpu'))\n"
+        "print(load_op('segment_sum').implementation, load_op('segment_sum', compile=False).implementation)"
+    )
+    assert in_fresh_python(SUM + code).split("\n")[:2] == ["[7.0, 7.0] True", "compiled fallback"]
+
+
+def test_every_operator_has_a_kernel_for_both_devices() -> None:
+    for device in ("cpu",):  # cuda follows
+        listed = [name for spec in op_specs() if spec.device == device for name in spec.operators]
+        assert sorted(listed) == sorted(operators()), device
+
+
 def test_importing_builds_and_imports_nothing() -> None:
-    code = "import sys, ta_plugin.ops.builder; print('deepspeed' in sys.modules)"
-    assert in_fresh_python(code).strip() == "False"
+    code = "import sys, torch, ta_plugin.ops; print('deepspeed' in sys.modules, dir(torch.ops.ta_plugin))"
+    assert in_fresh_python(code).split() == ["False", "['name']"]
 
 
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match="choose one of"):
         load_op("segment_product")
-    with pytest.raises(ValueError, match="ta_segments_cpu"):
+    with pytest.raises(ValueError, match="pass 'cpu' or 'cuda'"):
+        load_op("segment_sum", device="tpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ta_cpu"):
         spec_of("ta_nothing")
 
 
 def test_environment_selects_what_is_built_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = op_specs()
+    cpu, cuda = spec_of("ta_cpu"), spec_of("ta_weighted_attention")
     for name in ("TA_BUILD_OPS", "DS_BUILD_OPS", cpu.build_variable, cuda.build_variable):
         monkeypatch.delenv(name, raising=False)
     assert not cpu.wanted_ahead_of_time()
@@ -110,7 +92,7 @@ def test_environment_selects_what_is_built_ahead_of_time(monkeypatch: pytest.Mon
     monkeypatch.setenv("DS_BUILD_TA_WEIGHTED_ATTENTION", "0")
     assert cpu.wanted_ahead_of_time() and not cuda.wanted_ahead_of_time()
     monkeypatch.setenv("TA_BUILD_OPS", "0")
-    monkeypatch.setenv("DS_BUILD_TA_SEGMENTS_CPU", "1")
+    monkeypatch.setenv("DS_BUILD_TA_CPU", "1")
     assert cpu.wanted_ahead_of_time()
 
 
@@ -134,6 +116,6 @@ def test_wheels_are_not_bound_to_this_machine() -> None:
     from ta_plugin.ops.builder.classes import builder_of
 
     root = Path(__file__).parents[2]
-    extension = builder_of(spec_of("ta_segments_cpu")).extension(root)
-    assert extension.name == "ta_plugin.ops.ta_segments_cpu_op" and extension.sources == ["csrc/cpu/segment_sum.cpp"]
+    extension = builder_of(spec_of("ta_cpu")).extension(root)
+    assert extension.name == "ta_plugin.ops.ta_cpu_op" and "csrc/cpu/segments.cpp" in extension.sources
     assert not any("native" in arg for arg in extension.extra_compile_args["cxx"])

@@ -1,61 +1,15 @@
-"""Loading an operator: compiled where that is possible, in plain torch where not, and saying which."""
+"""Building an extension on first use, or saying what keeps it from being built."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from ta_plugin.ops.builder.specs import OpSpec, op_specs
+from ta_plugin.ops.builder.specs import OpSpec
 
 
-@dataclass(frozen=True)
-class LoadedOp:
-    """An operator ready to be called.
+def build(spec: OpSpec) -> str | None:
+    """Load an extension, compiling it if need be (half a minute or more; seconds from the cache).
 
-    implementation: "compiled" or "fallback"
-    reason:         where it came from, or why it is a fallback and how to change that
+    Returns None, or what went wrong and how to change that.
     """
-
-    name: str
-    implementation: Literal["compiled", "fallback"]
-    reason: str
-    call: Callable[..., Tensor]
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self.call(*args)
-
-
-def load_op(name: str, *, compile: bool = True) -> LoadedOp:
-    """The operator `name`, for example "segment_sum"; with compile=False its plain torch form.
-
-    Builds its extension on first use (half a minute; seconds from the cache). Where that cannot be, warns and returns the
-    fallback. Raises ValueError for an unknown name.
-    """
-    fallbacks: dict[str, Callable[..., Tensor]] = {"segment_sum": segment_sum_in_torch}
-    if name not in fallbacks:
-        raise ValueError(f"name is {name!r}; choose one of {sorted(fallbacks)}")
-    if not compile:
-        return LoadedOp(name, "fallback", "as requested", fallbacks[name])
-    registered = getattr(torch.ops.ta_plugin, name, None)
-    if registered is not None:
-        return LoadedOp(name, "compiled", f"torch.ops.ta_plugin.{name} is loaded", registered)
-    spec = next(spec for spec in op_specs() if name in spec.operators)
-    reason = _build(spec)
-    if reason is None:
-        torch.library.register_fake(f"ta_plugin::{name}", _segment_sum_shape)
-        return LoadedOp(name, "compiled", f"from {spec.name}", getattr(torch.ops.ta_plugin, name))
-    warnings.warn(f"{name} runs in plain torch, not compiled: {reason}", stacklevel=2)
-    return LoadedOp(name, "fallback", reason, fallbacks[name])
-
-
-def _build(spec: OpSpec) -> str | None:
-    """Load an extension; what went wrong, or None."""
     try:
         from ta_plugin.ops.builder.classes import builder_of
     except ModuleNotFoundError as error:
@@ -70,14 +24,3 @@ def _build(spec: OpSpec) -> str | None:
         cause = next((line.strip() for line in lines if "error:" in line), lines[0])  # the compiler's first complaint
         return builder.error_log or f"building {spec.name} failed: {cause}"
     return None
-
-
-def segment_sum_in_torch(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """values (M, F), order (M,) int64, offsets (U + 1,) int64 -> (U, F): the compiled operator's plain form."""
-    if values.numel() == 0:
-        return values.new_zeros(offsets.numel() - 1, values.shape[1])
-    return F.embedding_bag(order, values, offsets, mode="sum", include_last_offset=True)
-
-
-def _segment_sum_shape(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    return values.new_empty(offsets.shape[0] - 1, values.shape[1])

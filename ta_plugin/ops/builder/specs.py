@@ -52,7 +52,7 @@ class OpSpec:
 def op_specs() -> list[OpSpec]:
     """Every extension there is."""
     return [
-        OpSpec("ta_segments_cpu", "cpu", "cpu", operators=("segment_sum",)),
+        OpSpec("ta_cpu", "cpu", "cpu", operators=("segment_sum", "segment_logsumexp", "expand")),
         OpSpec("ta_weighted_attention", "weighted_attention", "cuda", architectures=("90a",)),
     ]
 
