@@ -102,7 +102,7 @@ struct QueryTile {
         const int64_t at = rows.index(b.p, first + r);
         const T* o = static_cast<const T*>(b.g.out) + at * b.p.head_dim;
         const T* d = static_cast<const T*>(b.g.dout) + at * b.p.head_dim;
-        for (int c = lane; c < b.p.head_dim; c += 32) sum += float(o[c]) * float(d[c]);
+        for (int c = lane; c < b.p.head_dim; c += 32) sum += widen(o[c]) * widen(d[c]);
         if (b.g.lse[at] != -CUDART_INF_F) log_sum = b.g.lse[at] * kLog2e;
         if (b.g.dlse != nullptr && lane == 0) sum -= b.g.dlse[at];
       }

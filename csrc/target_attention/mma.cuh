@@ -108,8 +108,8 @@ class PairWeights {
       const uint32_t bits = __shfl_sync(~0u, absent, column % 8 / 2);
       if ((bits >> (column / 8 * 2 + column % 2) & 1) == 0) continue;
       for (int d = lane; d < Shape::kDim; d += 32) {
-        stage.k()[column * Shape::kStride + d] = typename Shape::T(0.f);
-        stage.v()[column * Shape::kStride + d] = typename Shape::T(0.f);
+        stage.k()[column * Shape::kStride + d] = narrow<typename Shape::T>(0.f);
+        stage.v()[column * Shape::kStride + d] = narrow<typename Shape::T>(0.f);
       }
     }
     __syncwarp();

@@ -72,9 +72,19 @@ struct Half<__nv_bfloat16> {
   }
 };
 
+// By name: torch compiles without the half types' implicit conversions.
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
 template <typename T>
-__device__ __forceinline__ T narrow(float x) {
-  return static_cast<T>(x);
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
 }
 
 // Sum over the four lanes that share the rows of an accumulator.

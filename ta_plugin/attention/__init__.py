@@ -1,8 +1,17 @@
 """Attention over distinct tokens: the kernel contracts and the layers composed from them."""
 
-from ta_plugin.attention.layers import cross_attention, self_attention, target_attention
+from ta_plugin.attention.layers import cross_attention, padded_target_attention, self_attention
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.scoring import Scoring
+from ta_plugin.attention.target import target_attention
 from ta_plugin.attention.weighted import weighted_attention
 
-__all__ = ["Scoring", "cross_attention", "merge", "self_attention", "target_attention", "weighted_attention"]
+__all__ = [
+    "Scoring",
+    "cross_attention",
+    "merge",
+    "padded_target_attention",
+    "self_attention",
+    "target_attention",
+    "weighted_attention",
+]

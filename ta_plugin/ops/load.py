@@ -11,6 +11,7 @@ import torch
 
 from ta_plugin.ops.registry import Operator, define, is_compiled, load_extension
 from ta_plugin.ops.segments import EXPAND, SEGMENT_LOGSUMEXP, SEGMENT_SUM
+from ta_plugin.ops.target import TARGET_ATTENTION, TARGET_ATTENTION_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LoadedOp:
 
 def operators() -> dict[str, Operator]:
     """Every operator under torch.ops.ta_plugin, by name."""
-    return {op.name: op for op in (SEGMENT_SUM, SEGMENT_LOGSUMEXP, EXPAND)}
+    return {op.name: op for op in (SEGMENT_SUM, SEGMENT_LOGSUMEXP, EXPAND, TARGET_ATTENTION, TARGET_ATTENTION_BACKWARD)}
 
 
 def load_op(name: str, *, device: Literal["cpu", "cuda"] = "cpu", compile: bool = True) -> LoadedOp:
