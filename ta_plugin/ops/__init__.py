@@ -1,6 +1,16 @@
 """Primitive operations on packed rows; each is differentiable and bitwise repeatable."""
 
 from ta_plugin.ops.load import LoadedOp, load_op, operators
+from ta_plugin.ops.merging import merge_partials
 from ta_plugin.ops.segments import Segments, expand, segment_logsumexp, segment_sum
 
-__all__ = ["LoadedOp", "Segments", "expand", "load_op", "operators", "segment_logsumexp", "segment_sum"]
+__all__ = [
+    "LoadedOp",
+    "Segments",
+    "expand",
+    "load_op",
+    "merge_partials",
+    "operators",
+    "segment_logsumexp",
+    "segment_sum",
+]

@@ -54,7 +54,7 @@ class Operator:
             return self.in_torch
         methods = {"forward": self.in_torch, "setup_context": self.setup_context, "backward": self.backward}
         function = type(self.name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items() if f})
-        return function.apply  # type: ignore[attr-defined, no-any-return]
+        return function.apply  # type: ignore[attr-defined]
 
 
 @torch.compiler.assume_constant_result  # what is compiled does not change under a compiled graph

@@ -1,0 +1,50 @@
+// What the kernels on packed rows take: raw device pointers and a stream, nothing of torch. Every call is asynchronous.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rows {
+
+enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
+
+inline size_t size_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+
+// `members` mapped onto `segments`: index (M), order (M) by segment, ascending within one, offsets (U + 1) in order.
+struct Segments {
+  const int64_t* index;
+  const int64_t* order;
+  const int64_t* offsets;
+  int64_t members, segments;
+};
+
+enum class Fold { kSum, kLogSumExp };
+
+// values (M, width) -> out (U, width). Sums in float, or double for double: up to 128 members in ascending order, more as a
+// tree whose shape depends on the segments alone. An empty segment gives 0, or -inf.
+size_t fold_workspace_bytes(Fold how, Type type, const Segments& segments, int64_t width);
+cudaError_t fold(Fold how, Type type, const void* values, const Segments& segments, int64_t width, void* out,
+                 void* workspace, cudaStream_t stream);
+
+// rows (U, row_bytes) -> out (M, row_bytes), row index[m] for member m.
+cudaError_t expand(const void* rows, const int64_t* index, int64_t members, int64_t row_bytes, void* out,
+                   cudaStream_t stream);
+
+// N partial results of `queries` (query, head) pairs. Log-sum-exps are double for double, otherwise float.
+struct Partials {
+  const void* outs;  // (N, queries, dim) of type
+  const void* lses;  // (N, queries)
+  Type type;
+  int64_t count, queries, dim;
+};
+
+// -> out (queries, dim), lse (queries). Partials with lse -inf are not read. out_type is the partials', or a half type for float.
+cudaError_t merge(const Partials& partials, Type out_type, void* out, void* lse, cudaStream_t stream);
+
+// From grad_out (queries, dim) of out_type, grad_lse and the merged lse (queries) -> grad_outs like outs, grad_lses like lses.
+cudaError_t merge_backward(const Partials& partials, Type out_type, const void* grad_out, const void* grad_lse,
+                           const void* lse, void* grad_outs, void* grad_lses, cudaStream_t stream);
+
+}  // namespace rows

@@ -1,0 +1,151 @@
+// Merging partial attention results by log-sum-exp, and its gradient: every partial is read once.
+#include "vector.cuh"
+
+namespace rows {
+namespace {
+
+constexpr int kMergeThreads = 256;
+
+template <typename A>
+__device__ A merged_lse(const A* lses, int64_t count, int64_t stride) {
+  A peak = negative_infinity<A>();
+  for (int64_t n = 0; n < count; ++n) peak = lses[n * stride] > peak ? lses[n * stride] : peak;
+  A total = 0;
+  for (int64_t n = 0; n < count; ++n)
+    if (lses[n * stride] != negative_infinity<A>()) total += exponential(lses[n * stride] - peak);  // keeps NaN
+  return total == A(0) ? negative_infinity<A>() : peak + logarithm(total);
+}
+
+// A partial's share of the result; 0 where it is absent.
+template <typename A>
+__device__ __forceinline__ A share_of(A lse, A merged) {
+  return lse == negative_infinity<A>() ? A(0) : exponential(lse - merged);
+}
+
+template <typename T, typename O, typename A, int kVector>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, O* out, A* lse) {
+  const int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (query >= queries) return;
+  const A merged = merged_lse(lses + query, count, queries);
+  if (threadIdx.x == 0) lse[query] = merged;
+  for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
+    A total[kVector] = {};
+#pragma unroll 4
+    for (int64_t n = 0; n < count; ++n) {
+      const A share = share_of(lses[n * queries + query], merged);
+      if (share == A(0)) continue;  // an absent partial may hold anything
+      const auto x = *reinterpret_cast<const Vector<T, kVector>*>(outs + (n * queries + query) * dim + d);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) total[i] += share * convert<A>(x.at[i]);
+    }
+    Vector<O, kVector> result;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) result.at[i] = convert<O>(total[i]);
+    *reinterpret_cast<Vector<O, kVector>*>(out + query * dim + d) = result;
+  }
+}
+
+// d outs_n = share_n dout;  d lse_n = share_n (dout . outs_n - sum_m share_m dout . outs_m + dlse)
+template <typename T, typename O, typename A, int kVector>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_backward_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, const O* grad_out,
+                          const A* grad_lse, const A* lse, T* grad_outs, A* grad_lses) {
+  int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool inside = query < queries;  // every thread of a warp takes part in its shuffles
+  if (!inside) query = queries - 1;
+  const A merged = lse[query];
+  A mean = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t at = n * queries + query;
+    const A share = share_of(lses[at], merged);
+    A dot = 0;
+    for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
+      const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + query * dim + d);
+      Vector<T, kVector> x{}, result;
+      if (share != A(0)) x = *reinterpret_cast<const Vector<T, kVector>*>(outs + at * dim + d);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        dot += convert<A>(g.at[i]) * (share != A(0) ? convert<A>(x.at[i]) : A(0));
+        result.at[i] = convert<T>(share == A(0) ? A(0) : share * convert<A>(g.at[i]));
+      }
+      if (inside) *reinterpret_cast<Vector<T, kVector>*>(grad_outs + at * dim + d) = result;
+    }
+    for (int other = blockDim.x / 2; other > 0; other /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, other);
+    if (share != A(0)) mean += share * dot;
+    if (inside && threadIdx.x == 0) grad_lses[at] = dot;
+  }
+  if (!inside || threadIdx.x != 0) return;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t at = n * queries + query;
+    const A share = share_of(lses[at], merged);
+    grad_lses[at] = share == A(0) ? A(0) : share * (grad_lses[at] - mean + grad_lse[query]);
+  }
+}
+
+template <typename T, typename O, typename A, int kVector>
+struct Launch {
+  const Partials& p;
+  cudaStream_t stream;
+  dim3 threads() const {
+    const int lanes = lanes_for(p.dim / kVector);
+    return dim3(lanes, kMergeThreads / lanes);
+  }
+  unsigned blocks() const { return unsigned(ceil_div(p.queries, threads().y)); }
+  const T* outs() const { return static_cast<const T*>(p.outs); }
+  const A* lses() const { return static_cast<const A*>(p.lses); }
+
+  cudaError_t forward(void* out, void* lse) const {
+    merge_kernel<T, O, A, kVector><<<blocks(), threads(), 0, stream>>>(outs(), lses(), p.count, p.queries, p.dim,
+                                                                       static_cast<O*>(out), static_cast<A*>(lse));
+    return cudaGetLastError();
+  }
+  cudaError_t backward(const void* grad_out, const void* grad_lse, const void* lse, void* grad_outs,
+                       void* grad_lses) const {
+    merge_backward_kernel<T, O, A, kVector><<<blocks(), threads(), 0, stream>>>(
+        outs(), lses(), p.count, p.queries, p.dim, static_cast<const O*>(grad_out), static_cast<const A*>(grad_lse),
+        static_cast<const A*>(lse), static_cast<T*>(grad_outs), static_cast<A*>(grad_lses));
+    return cudaGetLastError();
+  }
+};
+
+// Calls run(Launch) for the types of the partials and of the result, with the widest vectors their addresses allow.
+template <typename T, typename O, typename A, class Run>
+cudaError_t with_vectors(const Partials& p, std::initializer_list<int64_t> addresses, cudaStream_t stream, Run run) {
+  constexpr int kMost = sizeof(A) == 8 ? 2 : 4;
+  constexpr int64_t kBytes = kMost * int64_t(sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O));
+  if (p.dim % kMost == 0 && divides(kBytes, addresses)) return run(Launch<T, O, A, kMost>{p, stream});
+  return run(Launch<T, O, A, 1>{p, stream});
+}
+
+template <class Run>
+cudaError_t with_types(const Partials& p, Type result, std::initializer_list<int64_t> addresses, cudaStream_t stream,
+                       Run run) {
+  if (p.queries == 0) return cudaSuccess;
+  if (p.type == Type::kDouble && result == Type::kDouble)
+    return with_vectors<double, double, double>(p, addresses, stream, run);
+  if (p.type == Type::kHalf && result == Type::kHalf)
+    return with_vectors<__half, __half, float>(p, addresses, stream, run);
+  if (p.type == Type::kBFloat16 && result == Type::kBFloat16)
+    return with_vectors<__nv_bfloat16, __nv_bfloat16, float>(p, addresses, stream, run);
+  if (p.type != Type::kFloat) return cudaErrorInvalidValue;
+  if (result == Type::kFloat) return with_vectors<float, float, float>(p, addresses, stream, run);
+  if (result == Type::kHalf) return with_vectors<float, __half, float>(p, addresses, stream, run);
+  if (result == Type::kBFloat16) return with_vectors<float, __nv_bfloat16, float>(p, addresses, stream, run);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t merge(const Partials& p, Type out_type, void* out, void* lse, cudaStream_t stream) {
+  return with_types(p, out_type, {address(p.outs), address(out)}, stream,
+                    [=](const auto& launch) { return launch.forward(out, lse); });
+}
+
+cudaError_t merge_backward(const Partials& p, Type grad_type, const void* grad_out, const void* grad_lse,
+                           const void* lse, void* grad_outs, void* grad_lses, cudaStream_t stream) {
+  return with_types(p, grad_type, {address(p.outs), address(grad_out), address(grad_outs)}, stream,
+                    [=](const auto& launch) { return launch.backward(grad_out, grad_lse, lse, grad_outs, grad_lses); });
+}
+
+}  // namespace rows

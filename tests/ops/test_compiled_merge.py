@@ -1,0 +1,102 @@
+"""The compiled merge against float64 and against its torch form, on every device there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ta_plugin.attention import merge
+
+Ops = Callable[[str], Any]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def partials(
+    shape: tuple[int, ...], absent: float, device: str, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """outs (N, Q, H, D) and lses (N, Q, H) of which a share is absent; absent outs are NaN: reading one would show."""
+    g = torch.Generator().manual_seed(seed)
+    outs, lses = torch.randn(*shape, generator=g).double(), 5 * torch.randn(*shape[:3], generator=g).double()
+    gone = torch.rand(*shape[:3], generator=g) < absent
+    lses[gone], outs[gone] = -torch.inf, torch.nan
+    wide = torch.promote_types(dtype, torch.float32)
+    return outs.to(device, dtype), lses.to(device, wide)
+
+
+def gradients(function: Callable[..., Any], outs: Tensor, lses: Tensor, *rest: Any) -> list[Tensor]:
+    outs, lses = outs.detach().requires_grad_(), lses.detach().requires_grad_()
+    out, lse = function(outs, lses, *rest)
+    g = torch.Generator().manual_seed(9)
+    d_out, d_lse = torch.randn(*out.shape, generator=g).to(out), torch.randn(*lse.shape, generator=g).to(lse)
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (outs, lses), (d_out, d_lse))]
+
+
+shapes = st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(1, 3), st.sampled_from([0, 1, 3, 8, 33]))
+
+
+@settings(max_examples=60)
+@given(shapes, st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
+def test_compiled_equals_plain_torch(
+    device: str, compiled: Ops, plain: Ops, shape: tuple[int, ...], absent: float, seed: int
+) -> None:
+    outs, lses = partials(shape, absent, device, seed=seed)
+    ours, expected = (gradients(op("merge"), outs, lses, None) for op in (compiled, plain))
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", [(2, 77, 4, 128), (8, 5, 3, 64), (3, 9, 2, 20), (4, 6, 1, 7)], ids=str)
+def test_low_precision_is_one_rounding_away_from_float64(device: str, shape: Any, dtype: torch.dtype) -> None:
+    outs, lses = partials(shape, 0.3, device, dtype)
+    exact = gradients(merge, outs.double(), lses.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for result in ("same", *(HALVES if dtype == torch.float32 else [])):
+        into = dtype if result == "same" else result
+        assert isinstance(into, torch.dtype)
+        ours = gradients(merge, outs, lses, into)
+        assert [x.dtype for x in ours] == [into, lses.dtype, dtype, lses.dtype]
+        for got, want, loose in zip(ours, exact, (False, False, False, True), strict=True):
+            bound = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(into, tolerance)  # gradients arrive rounded
+            scale = 1e-5 if got.dtype == torch.float32 and into in HALVES and loose else 0.0
+            atol = max(bound * (8 if loose or into != dtype else 1), scale)
+            torch.testing.assert_close(got.double(), want, rtol=2 * bound, atol=atol)
+        assert all(
+            torch.equal(a, b) for _ in range(20) for a, b in zip(gradients(merge, outs, lses, into), ours, strict=True)
+        )
+
+
+def test_gradients_of_both_orders(device: str, compiled: Ops) -> None:
+    outs, lses = partials((3, 2, 2, 3), 0.0, device)
+    outs.requires_grad_(), lses.requires_grad_()
+    assert torch.autograd.gradcheck(lambda o, s: compiled("merge")(o, s, None), (outs, lses))
+    assert torch.autograd.gradgradcheck(lambda o, s: compiled("merge")(o, s, None), (outs, lses))
+
+
+def test_torch_accepts_the_operators(device: str, compiled: Ops) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        outs, lses = partials((2, 3, 2, 8), 0.0, device, dtype)
+        args = (outs.requires_grad_(), lses.requires_grad_(), torch.bfloat16)
+        torch.library.opcheck(compiled("merge").default, args)
+        out, lse = merge(outs.detach(), lses.detach())
+        torch.library.opcheck(compiled("merge_backward").default, (out, lse, outs.detach(), lses.detach(), lse))
+
+
+def test_strided_partials_are_read_right(device: str) -> None:
+    outs, lses = partials((4, 3, 2, 9), 0.2, device)
+    strided = outs.transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]
+    for got, want in zip(merge(strided, lses), merge(strided.contiguous(), lses), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_shapes_that_do_not_fit_are_named(device: str) -> None:
+    with pytest.raises(ValueError, match="pass \\(N, Q, H, D\\)"):
+        merge(torch.zeros(2, 3, 1, 4, device=device), torch.zeros(2, 3, 2, device=device))
+    with pytest.raises(ValueError, match="no partials"):
+        merge(torch.zeros(0, 3, 1, 4, device=device), torch.zeros(0, 3, 1, device=device))
