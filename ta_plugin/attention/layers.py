@@ -52,7 +52,7 @@ def cross_attention(
     return attend_rows(scoring, q, cu_seqlens_q, k, v, weights, space.cu_seqlens)
 
 
-def target_attention(
+def padded_target_attention(
     space: UniqueSpace,
     q: Tensor,
     k: Tensor,

@@ -49,6 +49,11 @@ class HeadProjections(nn.Module):
         """
         return self.may_absorb and type(self.key) is nn.Linear and type(self.value) is nn.Linear
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the key or value map adds a constant."""
+        return any(getattr(m, "bias", None) is not None for m in (self.key, self.value))
+
     def absorption_pays(self, num_rows: int, num_queries: int, pairs: int) -> bool:
         """Whether absorbing costs fewer operations than projecting `num_rows` keys and values for `num_queries` queries.
 
@@ -81,9 +86,10 @@ class HeadProjections(nn.Module):
         return whole.view(self.num_kv_heads, -1, whole.shape[1])
 
 
-def with_one(rows: Tensor) -> Tensor:
-    """Rows (n, E) as single-headed keys and values (n, 1, E + 1) that carry the constant a bias needs."""
-    return F.pad(rows, (0, 1), value=1.0).unsqueeze(1)
+def with_one(rows: Tensor, spare: int = 0) -> Tensor:
+    """Rows (n, E) as single-headed keys and values (n, 1, E + 1 + spare): the constant a bias needs, then zeros."""
+    whole = F.pad(rows, (0, 1), value=1.0)
+    return (F.pad(whole, (0, spare)) if spare else whole).unsqueeze(1)
 
 
 def _heads(rows: Tensor, num_heads: int, name: str) -> Tensor:

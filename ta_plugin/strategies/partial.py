@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.attention.layers import PackedTargets, attend_before, attend_rows
 from ta_plugin.attention.projections import with_one
-from ta_plugin.attention.sides import RowWeights, Sides
+from ta_plugin.attention.scoring import Scoring
+from ta_plugin.attention.sides import RowWeights, Sides, target_weights
+from ta_plugin.attention.target import choose_target, target_attention
 from ta_plugin.ops import Segments, expand
 from ta_plugin.strategies.request import AttentionModules
 from ta_plugin.unique_space import UniqueSpace
@@ -32,6 +36,13 @@ class Keys:
         """One row of the table for each row of the space."""
         return per_table_row if self.segments is None else expand(per_table_row, self.segments)
 
+    def rows(self) -> Segments:
+        """The table row of each row of the space."""
+        if self.segments is not None:
+            return self.segments
+        each = torch.arange(self.table.shape[0] + 1, device=self.table.device)
+        return Segments(each[:-1], each[:-1], each)
+
 
 @dataclass(frozen=True)
 class Cutoffs:
@@ -46,26 +57,72 @@ def attend_targets(
     modules: AttentionModules, q: Tensor, targets: PackedTargets, keys: Keys, cutoffs: Cutoffs | None
 ) -> tuple[Tensor, Tensor | None]:
     """Packed queries q (Q, H, D) onto the rows held here: out (Q, H, Dv), and lse (Q, H) under softmax."""
-    scoring, projections, space = modules.scoring, modules.projections, keys.space
-    if _absorbs(modules, q, keys, cutoffs):  # (W_k^T q).e instead of q.(W_k e): rows are read and never projected
-        scoring = replace(scoring, scale=q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale)
-        q = projections.absorb_queries(q)
-        k = v = keys.spread(with_one(keys.table))
-        absorbed = True
-    else:
-        k, v = (keys.spread(x) for x in projections.keys_values(keys.table))
-        absorbed = False
+    scoring, projections = modules.scoring, modules.projections
+    if not _absorbs(modules, q, keys, cutoffs):
+        k, v = projections.keys_values(keys.table)
+        one_table = projections.key is None and projections.value is None
+        return _attend(scoring, q, targets, k, None if one_table else v, keys, cutoffs)
+    # (W_k^T q).e instead of q.(W_k e): rows are read and never projected
+    scale = q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale
+    scoring = replace(scoring, scale=scale)
+    q = projections.absorb_queries(q)  # the last column meets the constant 1 that stands for the biases
+    if scoring.normaliser != "softmax" and projections.has_bias:
+        spare = -q.shape[2] % 8  # kernels read rows of whole 16 bytes
+        out, _ = _attend(scoring, F.pad(q, (0, spare)), targets, with_one(keys.table, spare), None, keys, cutoffs)
+        return projections.unabsorb_values(out[..., : q.shape[2]]), None
+    out, lse = _attend(scoring, q[..., :-1], targets, keys.table.unsqueeze(1), None, keys, cutoffs)
+    mass = torch.zeros_like(out[..., :1])
+    if lse is not None:  # a key bias shifts every score of a query alike; the weights of its values add to 1
+        nothing = lse == -torch.inf
+        lse = lse + (scale * q[..., -1]).to(lse.dtype).masked_fill(nothing, 0.0)
+        mass = mass + nothing.logical_not().unsqueeze(-1)
+    return projections.unabsorb_values(torch.cat([out, mass.to(out.dtype)], -1)), lse
+
+
+def _attend(
+    scoring: Scoring,
+    q: Tensor,
+    targets: PackedTargets,
+    k_table: Tensor,
+    v_table: Tensor | None,
+    keys: Keys,
+    cutoffs: Cutoffs | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Queries onto table rows (G, Hk, D), gathered by a kernel where one covers the call, else written out per key."""
+    space = keys.space
+    if _gathers(scoring, q, k_table, v_table, keys, cutoffs):
+        weight, q_chunk = keys.weights.weight, None
+        if cutoffs is not None:
+            visible = cutoffs.positions[:, None] < cutoffs.cutoffs[space.sample_of_occurrences()]
+            weight, _ = target_weights(space, cutoffs.sides, visible, scoring.normaliser, q.dtype)
+            q_chunk = targets.index
+        return target_attention(
+            q, k_table, v_table, keys.rows(), targets.cu_seqlens, space.cu_seqlens, weight,
+            scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
+            max_seqlen_q=targets.width, return_lse=True,
+        )  # fmt: skip
+    k = keys.spread(k_table)
+    v = k if v_table is None else keys.spread(v_table)
     if cutoffs is None:
-        out, lse = attend_rows(scoring, q, targets.cu_seqlens, k, v, keys.weights, space.cu_seqlens)
-    else:
-        out, lse = attend_before(scoring, q, targets, cutoffs.cutoffs, k, v, space, cutoffs.sides, cutoffs.positions)
-    return projections.unabsorb_values(out) if absorbed else out, lse
+        return attend_rows(scoring, q, targets.cu_seqlens, k, v, keys.weights, space.cu_seqlens)
+    return attend_before(scoring, q, targets, cutoffs.cutoffs, k, v, space, cutoffs.sides, cutoffs.positions)
+
+
+def _gathers(
+    scoring: Scoring, q: Tensor, k_table: Tensor, v_table: Tensor | None, keys: Keys, cutoffs: Cutoffs | None
+) -> bool:
+    if scoring.score is not None or scoring.backend is not None or _has_term(keys, cutoffs):
+        return False
+    return choose_target(None, q, k_table, v_table, scoring.activation).name == "compiled"
 
 
 def _absorbs(modules: AttentionModules, q: Tensor, keys: Keys, cutoffs: Cutoffs | None) -> bool:
-    has_term = keys.weights.term is not None or (cutoffs is not None and cutoffs.sides.value_term is not None)
-    if has_term or modules.scoring.score is not None:  # both live in head space, where absorbed keys never are
-        return False
+    if _has_term(keys, cutoffs) or modules.scoring.score is not None:
+        return False  # both live in head space, where absorbed keys never are
     samples = max(keys.space.num_samples, 1)
     pairs = q.shape[0] * -(-keys.space.num_rows // samples)
     return modules.projections.absorption_pays(keys.table.shape[0], q.shape[0], pairs)
+
+
+def _has_term(keys: Keys, cutoffs: Cutoffs | None) -> bool:
+    return keys.weights.term is not None or (cutoffs is not None and cutoffs.sides.value_term is not None)

@@ -13,7 +13,7 @@ from oracle import attention_over_positions
 from torch import Tensor, nn
 
 from ta_plugin import UniqueSpace
-from ta_plugin.attention import Scoring, cross_attention, self_attention, target_attention
+from ta_plugin.attention import Scoring, cross_attention, padded_target_attention, self_attention
 from ta_plugin.attention.layers import PackedTargets
 
 samples_of_tokens = st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=4)
@@ -117,7 +117,7 @@ def test_target_attention_equals_every_position(
     full = torch.full((batch.batch,), width)
     lengths = torch.randint(0, width + 1, (batch.batch,), generator=batch.generator) if short else full
     cutoff = torch.randint(-1, LENGTH + 2, (batch.batch, width), generator=batch.generator) if cutoffs else None
-    out = target_attention(
+    out = padded_target_attention(
         batch.space, batch.q, batch.k, batch.v, lengths=lengths if short else None, cutoffs=cutoff,
         own=(own_rows[0], own_rows[1]) if own else None, scoring=scoring, **sides,
     )  # fmt: skip

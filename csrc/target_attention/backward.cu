@@ -1,0 +1,93 @@
+// Launches the backward pass.
+#include "backward.cuh"
+#include "launch.cuh"
+#include "rows.cuh"
+
+namespace target_attention {
+namespace {
+
+template <class Worker>
+cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
+  const auto kernel = backward_kernel<Worker>;
+  constexpr size_t kBytes = sizeof(BackwardShared<Worker>);
+  TA_RETURN_IF_ERROR(allow_shared(kernel, kBytes));
+  const Problem& p = parameters.p;
+  if (p.samples > 0) {
+    const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv);
+    kernel<<<grid, kThreads, kBytes, stream>>>(parameters);
+  }
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* rows, cudaStream_t stream) {
+  if (b.p.table == 0) return cudaSuccess;
+  sum_members_kernel<T><<<(b.p.table + kSumWarps - 1) / kSumWarps, 32 * kSumWarps, 0, stream>>>(
+      members, b.g.order, b.g.offsets, static_cast<T*>(rows), b.p.table, int64_t(b.p.heads_kv) * b.p.head_dim, b.direct);
+  return cudaGetLastError();
+}
+
+// Query rows that a block of each kind takes at a time.
+template <typename T, int kDim>
+constexpr int rows_at_once(int row_slots) {
+  if (sizeof(T) == 4) return row_slots <= 4 ? 4 : kDim <= 128 ? 16 : 8;
+  return row_slots <= 16 || kDim > 128 ? 16 : 32;
+}
+
+template <typename T, int kDim, bool kOneTable>
+cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
+  const int rows = rows_at_once<T, kDim>(parameters.row_slots);
+  parameters.direct = parameters.row_slots <= rows;
+  if constexpr (sizeof(T) == 4) {
+    if constexpr (kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
+    else if (rows == 4) TA_RETURN_IF_ERROR((launch<ScalarBackward<kDim, 4, kOneTable>>(parameters, stream)));
+    else TA_RETURN_IF_ERROR((launch<ScalarBackward<kDim, kDim <= 128 ? 16 : 8, kOneTable>>(parameters, stream)));
+  } else if constexpr (kDim <= 128) {
+    if (rows == 16) TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 1, kOneTable>>(parameters, stream)));
+    else TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 2, kOneTable>>(parameters, stream)));
+  } else {
+    TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 1, kOneTable>>(parameters, stream)));
+  }
+  const Problem& p = parameters.p;
+  if (p.queries > 0) {
+    merge_dq_kernel<T><<<p.queries * p.heads, p.head_dim, 0, stream>>>(parameters);
+    TA_RETURN_IF_ERROR(cudaGetLastError());
+  }
+  TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
+  if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));
+  return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t launch_type(const BackwardParameters& parameters, cudaStream_t stream) {
+  const Problem& p = parameters.p;
+  const bool one = p.v_table == nullptr;
+  switch (padded_dim(p)) {
+    case 64: return one ? launch_rows<T, 64, true>(parameters, stream) : launch_rows<T, 64, false>(parameters, stream);
+    case 128: return one ? launch_rows<T, 128, true>(parameters, stream) : launch_rows<T, 128, false>(parameters, stream);
+    default: return one ? launch_rows<T, 256, true>(parameters, stream) : launch_rows<T, 256, false>(parameters, stream);
+  }
+}
+
+size_t dq_bytes(const Problem& p) {
+  return aligned(sizeof(float) * Chunks::slots(p, chunk_length(p)) * p.heads_kv * row_slots(p) * p.head_dim);
+}
+
+size_t members_bytes(const Problem& p) { return aligned(sizeof(float) * p.keys * p.heads_kv * p.head_dim); }
+
+}  // namespace
+
+size_t backward_workspace_bytes(const Problem& p) {
+  return dq_bytes(p) + members_bytes(p) * (p.v_table == nullptr ? 1 : 2);
+}
+
+cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cudaStream_t stream) {
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  BackwardParameters parameters{p, g, {p.cu_seqlens_k, p.samples, chunk_length(p)}, row_slots(p)};
+  parameters.partial_dq = reinterpret_cast<float*>(bytes);
+  parameters.dk_members = reinterpret_cast<float*>(bytes + dq_bytes(p));
+  if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + dq_bytes(p) + members_bytes(p));
+  return p.type == Type::kFloat ? launch_type<float>(parameters, stream) : launch_type<__nv_bfloat16>(parameters, stream);
+}
+
+}  // namespace target_attention

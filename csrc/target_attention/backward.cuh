@@ -1,0 +1,410 @@
+// Backward, first pass: as forward, a block takes a chunk of a sample's keys. It recomputes the scores, adds up dq, and writes
+// what each key's rows receive from the queries of this sample: straight into the gradient of a table row that has no other
+// member, otherwise as float32 to be added up, member by member, in the second pass (rows.cuh). No sum depends on timing.
+#pragma once
+
+#include "forward.cuh"
+
+namespace target_attention {
+
+struct BackwardParameters {
+  Problem p;
+  Gradients g;
+  Chunks chunks;
+  int row_slots;
+  float* partial_dq;  // (slots, heads_kv, row_slots, head_dim)
+  float* dk_members;  // (keys, heads_kv, head_dim), slots of lone members unused
+  float* dv_members;  // null with one table
+  bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
+
+  __device__ int64_t partial(int slot, int head_kv, int row) const {
+    return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;
+  }
+};
+
+// What one pair gives: its coefficient in the values' gradient, d(score), and d(weight).
+struct PairGradient {
+  float p, ds, dw;
+};
+
+// score: q.k before scaling; dp: dout.v; lse to base 2; delta: dout.out - dlse
+__device__ __forceinline__ PairGradient pair_gradient(const Problem& problem, float score, float dp, float w, float lse,
+                                                      float delta) {
+  if (problem.normaliser == Normaliser::kSoftmax) {
+    if (w == -CUDART_INF_F) return {0.f, 0.f, 0.f};
+    const float p = exp2f(score * (problem.scale * kLog2e) + (w * kLog2e - lse));
+    const float ds = p * (dp - delta);
+    return {p, ds, ds};
+  }
+  const float x = score * problem.scale;
+  float a = x, slope = 1.f;
+  if (problem.normaliser == Normaliser::kSilu) {
+    const float gate = 1.f / (1.f + __expf(-x));
+    a = x * gate;
+    slope = gate * (1.f + x * (1.f - gate));
+  }
+  return {w * a, w * slope * dp, a * dp};
+}
+
+// Where a key's part of a table gradient goes: columns of one head.
+template <class Shape>
+struct RowWriter {
+  using T = typename Shape::T;
+  const BackwardParameters& b;
+  int head_kv;
+  bool add;  // to what an earlier group of query rows left
+
+  // slot: of the key in the stage; table: 0 for keys, 1 for values
+  template <int kCount>
+  __device__ void write(const typename Shape::Stage& stage, int key, int slot, int column, int table,
+                        const float (&x)[kCount]) const {
+    if (column >= b.p.head_dim) return;
+    const int row = stage.row[slot];
+    if (row < 0) return;  // past the end
+    if (b.direct && stage.members[slot][1] - stage.members[slot][0] == 1) {
+      T* to = static_cast<T*>(table == 0 ? b.g.dk_table : b.g.dv_table) +
+              (int64_t(row) * b.p.heads_kv + head_kv) * b.p.head_dim + column;
+      if constexpr (kCount == 2)
+        *reinterpret_cast<uint32_t*>(to) = Half<T>::pack(x[0], x[1]);
+      else
+        *to = x[0];
+      return;
+    }
+    float* to = (table == 0 ? b.dk_members : b.dv_members) +
+                (int64_t(key + slot) * b.p.heads_kv + head_kv) * b.p.head_dim + column;
+    if constexpr (kCount == 2) {
+      float2 sum = make_float2(x[0], x[1]);
+      if (add) {
+        const float2 before = *reinterpret_cast<const float2*>(to);
+        sum = make_float2(before.x + sum.x, before.y + sum.y);
+      }
+      *reinterpret_cast<float2*>(to) = sum;
+    } else {
+      *to = add ? *to + x[0] : x[0];
+    }
+  }
+};
+
+template <class Shape, int kRows>
+struct QueryTile {
+  alignas(16) typename Shape::T q[kRows * Shape::kStride], dout[kRows * Shape::kStride];
+  float lse[kRows], delta[kRows];  // as pair_gradient wants them
+
+  __device__ void load(const BackwardParameters& b, const QueryRows& rows, int first) {
+    using T = typename Shape::T;
+    load_queries<T, kRows, Shape::kDim, Shape::kStride>(q, b.p.q, b.p, rows, first);
+    load_queries<T, kRows, Shape::kDim, Shape::kStride>(dout, b.g.dout, b.p, rows, first);
+    if (b.p.normaliser != Normaliser::kSoftmax) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int r = warp; r < kRows; r += kWarps) {
+      float sum = 0.f, log_sum = CUDART_INF_F;  // +inf: every probability of a row that is not there is 0
+      if (first + r < rows.count) {
+        const int64_t at = rows.index(b.p, first + r);
+        const T* o = static_cast<const T*>(b.g.out) + at * b.p.head_dim;
+        const T* d = static_cast<const T*>(b.g.dout) + at * b.p.head_dim;
+        for (int c = lane; c < b.p.head_dim; c += 32) sum += widen(o[c]) * widen(d[c]);
+        if (b.g.lse[at] != -CUDART_INF_F) log_sum = b.g.lse[at] * kLog2e;
+        if (b.g.dlse != nullptr && lane == 0) sum -= b.g.dlse[at];
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+      if (lane == 0) lse[r] = log_sum, delta[r] = sum;
+    }
+  }
+};
+
+template <typename T, int kDim, int kGroups, bool kOneTable>
+class MmaBackward {
+ public:
+  using Shape = TileShape<T, kDim, kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
+  static constexpr int kRows = 16 * kGroups, kBlocks = 2;
+  static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + 8;
+  struct Scratch {
+    alignas(16) T p[kRows * kCoefficients], ds[kRows * kCoefficients];  // (query rows, keys)
+  };
+
+  __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
+                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
+      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
+        writer_{b, head_kv, first > 0} {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq_[g][d][i] = 0.f;
+  }
+
+  __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
+    float p[kGroups][kTile / 8][4], ds[kGroups][kTile / 8][4];
+    score<Shape, kGroups>(p, tile_.q, stage.k());
+    score<Shape, kGroups>(ds, tile_.dout, stage.v());
+    uint32_t absent = ~0u;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = g * 16 + row_of(i), column = column_of(n, i);
+          const float w = weights_(stage, key, keys_left, g, n, i);
+          if (w != -CUDART_INF_F) absent &= ~(1u << (n * 2 + i % 2));
+          const PairGradient pair = pair_gradient(b_.p, p[g][n][i], ds[g][n][i], w, tile_.lse[row], tile_.delta[row]);
+          if (b_.g.dweight != nullptr && weights_.exists(g, i / 2) && column < keys_left)
+            b_.g.dweight[(int64_t(key + column) * b_.p.targets + rows_.target(first_ + row)) * b_.p.heads +
+                         rows_.head_of(first_ + row)] = pair.dw;
+          p[g][n][i] = pair.p;
+          ds[g][n][i] = pair.ds * b_.p.scale;
+        }
+    if (b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
+    accumulate<Shape, kGroups>(dq_, ds, stage.k());
+    hand_over(p, scratch_.p);
+    hand_over(ds, scratch_.ds);
+    __syncwarp();
+    write_rows(stage, key);
+  }
+
+  __device__ void store(float* dq) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<float2*>(dq + (g * 16 + row_of(2 * half)) * kDim + column_of(d, 0)) =
+              make_float2(dq_[g][d][2 * half], dq_[g][d][2 * half + 1]);
+  }
+
+ private:
+  // Accumulators to shared memory, for the products whose rows are keys.
+  __device__ void hand_over(const float (&c)[kGroups][kTile / 8][4], T* to) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(to + (g * 16 + row_of(2 * half)) * kCoefficients + column_of(n, 0)) =
+              Half<T>::pack(c[g][n][2 * half], c[g][n][2 * half + 1]);
+  }
+
+  // dk = ds^T q and dv = p^T dout of the tile's keys, added when they share a table.
+  __device__ void write_rows(const typename Shape::Stage& stage, int key) {
+    constexpr int kTiles = kTile / 16;
+    const int lane = threadIdx.x % 32;
+    Fragment p[kTiles][kGroups], ds[kTiles][kGroups];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int at = (g * 16 + lane % 8 + lane / 16 * 8) * kCoefficients + m * 16 + lane / 8 % 2 * 8;
+        p[m][g] = load_transposed(scratch_.p + at);
+        ds[m][g] = load_transposed(scratch_.ds + at);
+      }
+    const int from = lane % 16 * kStride + lane / 16 * 8;
+#pragma unroll 2
+    for (int d = 0; d < kDim; d += 16) {
+      float dk[kTiles][2][4] = {}, dv[kTiles][2][4] = {};
+      auto& values = kOneTable ? dk : dv;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const Fragment q = load_transposed(tile_.q + from + g * 16 * kStride + d);
+        const Fragment dout = load_transposed(tile_.dout + from + g * 16 * kStride + d);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            Half<T>::multiply(dk[m][n], ds[m][g].x, q.x[2 * n], q.x[2 * n + 1]);
+            Half<T>::multiply(values[m][n], p[m][g].x, dout.x[2 * n], dout.x[2 * n + 1]);
+          }
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int slot = m * 16 + row_of(2 * half), column = d + column_of(n, 0);
+            writer_.write(stage, key, slot, column, 0, {dk[m][n][2 * half], dk[m][n][2 * half + 1]});
+            if (!kOneTable) writer_.write(stage, key, slot, column, 1, {dv[m][n][2 * half], dv[m][n][2 * half + 1]});
+          }
+    }
+  }
+
+  const BackwardParameters& b_;
+  const QueryRows& rows_;
+  int first_;
+  const QueryTile<Shape, kRows>& tile_;
+  Scratch& scratch_;
+  PairWeights<Shape, kGroups> weights_;
+  RowWriter<Shape> writer_;
+  float dq_[kGroups][kDim / 8][4];
+};
+
+template <int kDim, int kRows_, bool kOneTable>
+class ScalarBackward {
+ public:
+  using Shape = TileShape<float, kDim, 16, 2, kOneTable, true>;
+  static constexpr int kRows = kRows_, kBlocks = 2, kStride = Shape::kStride, kColumns = kDim / 32;
+  struct Scratch {
+    alignas(16) float p[kRows][16], ds[kRows][16];
+  };
+
+  __device__ ScalarBackward(const BackwardParameters& b, const QueryRows& rows, int first,
+                            const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
+      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch),
+        per_pair_(weights_of(b.p) == Weights::kPerPair), writer_{b, head_kv, first > 0} {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) dq_[r][c] = 0.f;
+  }
+
+  __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
+    const int lane = threadIdx.x % 32, column = lane % 16;
+    float p[kRows], ds[kRows];
+    dots<Shape, kRows>(p, tile_.q, stage.k());
+    dots<Shape, kRows>(ds, tile_.dout, stage.v());
+    bool seen = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool exists = first_ + r < rows_.count && column < keys_left;
+      float w = stage.weight[column];
+      if (per_pair_ && exists)
+        w = b_.p.weight[rows_.weight_offset(b_.p, first_ + r) + (key + column) * b_.p.weight_stride_key];
+      else if (per_pair_ && b_.p.normaliser == Normaliser::kSoftmax)
+        w = -CUDART_INF_F;
+      seen |= w != -CUDART_INF_F;
+      const PairGradient pair = pair_gradient(b_.p, p[r], ds[r], w, tile_.lse[r], tile_.delta[r]);
+      if (b_.g.dweight != nullptr && exists && lane < 16)
+        b_.g.dweight[(int64_t(key + column) * b_.p.targets + rows_.target(first_ + r)) * b_.p.heads +
+                     rows_.head_of(first_ + r)] = pair.dw;
+      if (lane < 16) scratch_.p[r][column] = pair.p, scratch_.ds[r][column] = pair.ds * b_.p.scale;
+    }
+    const uint32_t visible = __ballot_sync(~0u, seen) & 0xffff;
+    __syncwarp();
+#pragma unroll 4
+    for (int k = 0; k < 16; ++k) {
+      if ((visible >> k & 1) == 0) continue;
+      float row[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) row[c] = stage.k()[k * kStride + c * 32 + lane];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) dq_[r][c] += scratch_.ds[r][k] * row[c];
+    }
+    for (int c = 0; c < kDim; c += 64) {
+      write_rows<true, kOneTable>(stage, key, c + lane, 0);
+      if (!kOneTable) write_rows<false, true>(stage, key, c + lane, 1);
+    }
+    __syncwarp();
+  }
+
+  __device__ void store(float* dq) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) dq[r * kDim + c * 32 + threadIdx.x % 32] = dq_[r][c];
+  }
+
+ private:
+  // Two columns of what the tile's keys receive: through the scores, the values, or both.
+  template <bool kScores, bool kValues>
+  __device__ void write_rows(const typename Shape::Stage& stage, int key, int column, int table) {
+    float sum[16][2] = {};
+#pragma unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float q = tile_.q[r * kStride + column + c * 32], dout = tile_.dout[r * kStride + column + c * 32];
+#pragma unroll
+        for (int k = 0; k < 16; ++k) {
+          if (kScores) sum[k][c] += scratch_.ds[r][k] * q;
+          if (kValues) sum[k][c] += scratch_.p[r][k] * dout;
+        }
+      }
+#pragma unroll
+    for (int k = 0; k < 16; ++k)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) writer_.write(stage, key, k, column + c * 32, table, {sum[k][c]});
+  }
+
+  const BackwardParameters& b_;
+  const QueryRows& rows_;
+  int first_;
+  const QueryTile<Shape, kRows>& tile_;
+  Scratch& scratch_;
+  bool per_pair_;
+  RowWriter<Shape> writer_;
+  float dq_[kRows][kColumns];
+};
+
+template <class Worker>
+struct BackwardShared {
+  using Shape = typename Worker::Shape;
+  QueryTile<Shape, Worker::kRows> tile;
+  typename Worker::Scratch scratch[kWarps];
+  union {
+    typename Shape::Stage stages[kWarps][Shape::kStages];
+    float dq[kWarps][Worker::kRows * Shape::kDim];
+  };
+};
+
+// grid (slots, heads_kv); the groups of query rows take turns inside, because they write the same keys' gradients.
+template <class Worker>
+__global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(const BackwardParameters b) {
+  using Shape = typename Worker::Shape;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  auto& shared = *reinterpret_cast<BackwardShared<Worker>*>(bytes);
+  const Problem& p = b.p;
+  Chunk chunk;
+  if (!Chunk::find(b.chunks, blockIdx.x, Shape::kTile, &chunk)) return;
+  const int head_kv = blockIdx.y, warp = threadIdx.x / 32;
+  const QueryRows rows(p, chunk.sample, head_kv);
+
+  int first = 0;
+  do {  // once also without queries: the keys' gradients are then zeros
+    shared.tile.load(b, rows, first);
+    {
+      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.offsets);
+      __syncthreads();
+      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
+      for (int tile = 0; tile < stream.tiles(); ++tile)
+        worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
+      copy_wait<0>();
+      __syncthreads();
+      worker.store(shared.dq[warp]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < Worker::kRows * Shape::kDim; i += kThreads) {
+      const int row = first + i / Shape::kDim, d = i % Shape::kDim;
+      if (row >= rows.count || d >= p.head_dim) continue;
+      float sum = 0.f;
+      for (int w = 0; w < kWarps; ++w) sum += shared.dq[w][i];
+      if (chunk.count > 1)
+        b.partial_dq[b.partial(blockIdx.x, head_kv, row) * p.head_dim + d] = sum;
+      else
+        static_cast<typename Shape::T*>(b.g.dq)[rows.index(p, row) * p.head_dim + d] = narrow<typename Shape::T>(sum);
+    }
+    __syncthreads();
+    first += Worker::kRows;
+  } while (first < rows.count);
+}
+
+// dq of samples with several chunks. grid (queries * heads): a block of head_dim threads each.
+template <typename T>
+__global__ void merge_dq_kernel(const BackwardParameters b) {
+  const Problem& p = b.p;
+  const int query = blockIdx.x / p.heads, head = blockIdx.x % p.heads, share = p.heads / p.heads_kv;
+  const int sample = last_not_above(p.samples, query, [&](int s) { return p.cu_seqlens_q[s]; });
+  const int count = b.chunks.count(sample), slot = b.chunks.first_slot(sample);
+  if (count == 1) return;
+  const int row = (query - p.cu_seqlens_q[sample]) * share + head % share;
+  float sum = 0.f;
+  for (int c = 0; c < count; ++c)
+    sum += b.partial_dq[b.partial(slot + c, head / share, row) * p.head_dim + threadIdx.x];
+  static_cast<T*>(b.g.dq)[int64_t(blockIdx.x) * p.head_dim + threadIdx.x] = narrow<T>(sum);
+}
+
+}  // namespace target_attention

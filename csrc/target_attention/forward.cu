@@ -1,0 +1,74 @@
+// Launches the forward pass.
+#include "forward.cuh"
+#include "launch.cuh"
+
+namespace target_attention {
+namespace {
+
+template <class Worker>
+cudaError_t launch(const ForwardParameters& parameters, cudaStream_t stream) {
+  const auto kernel = forward_kernel<Worker>;
+  constexpr size_t kBytes = sizeof(ForwardShared<Worker>);
+  TA_RETURN_IF_ERROR(allow_shared(kernel, kBytes));
+  const Problem& p = parameters.p;
+  const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv,
+                  (parameters.row_slots + Worker::kRows - 1) / Worker::kRows);
+  kernel<<<grid, kThreads, kBytes, stream>>>(parameters);
+  return cudaGetLastError();
+}
+
+template <typename T, int kDim, bool kOneTable>
+cudaError_t launch_rows(const ForwardParameters& parameters, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 4) {
+    if constexpr (kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
+    else if (parameters.row_slots <= 4) return launch<ScalarForward<kDim, 4, kOneTable>>(parameters, stream);
+    else return launch<ScalarForward<kDim, kDim <= 128 ? 16 : 8, kOneTable>>(parameters, stream);
+  } else if constexpr (kDim <= 128) {
+    return parameters.row_slots <= 16 ? launch<MmaForward<T, kDim, 1, kOneTable>>(parameters, stream)
+                                      : launch<MmaForward<T, kDim, 2, kOneTable>>(parameters, stream);
+  } else {
+    return launch<MmaForward<T, kDim, 1, kOneTable>>(parameters, stream);
+  }
+}
+
+template <typename T, int kDim>
+cudaError_t launch_tables(const ForwardParameters& parameters, cudaStream_t stream) {
+  return parameters.p.v_table == nullptr ? launch_rows<T, kDim, true>(parameters, stream)
+                                         : launch_rows<T, kDim, false>(parameters, stream);
+}
+
+template <typename T>
+cudaError_t launch_type(const ForwardParameters& parameters, cudaStream_t stream) {
+  const Problem& p = parameters.p;
+  switch (padded_dim(p)) {
+    case 64: TA_RETURN_IF_ERROR((launch_tables<T, 64>(parameters, stream))); break;
+    case 128: TA_RETURN_IF_ERROR((launch_tables<T, 128>(parameters, stream))); break;
+    default: TA_RETURN_IF_ERROR((launch_tables<T, 256>(parameters, stream)));
+  }
+  merge_kernel<T><<<p.queries * p.heads, p.head_dim, 0, stream>>>(parameters);
+  return cudaGetLastError();
+}
+
+size_t partial_rows(const Problem& p) {
+  return size_t(Chunks::slots(p, chunk_length(p))) * p.heads_kv * row_slots(p);
+}
+
+}  // namespace
+
+size_t forward_workspace_bytes(const Problem& p) {
+  return aligned(partial_rows(p) * p.head_dim * sizeof(float)) + aligned(partial_rows(p) * sizeof(float2));
+}
+
+cudaError_t forward(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
+  if (p.queries == 0) return cudaSuccess;
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  ForwardParameters parameters{p, {p.cu_seqlens_k, p.samples, chunk_length(p)}, row_slots(p), out, lse};
+  parameters.partial_out = reinterpret_cast<float*>(bytes);
+  parameters.partial_lse = reinterpret_cast<float2*>(bytes + aligned(partial_rows(p) * p.head_dim * sizeof(float)));
+  switch (p.type) {
+    case Type::kBFloat16: return launch_type<__nv_bfloat16>(parameters, stream);
+    default: return launch_type<float>(parameters, stream);
+  }
+}
+
+}  // namespace target_attention

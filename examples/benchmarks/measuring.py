@@ -1,0 +1,55 @@
+"""What the benchmarks of the CUDA operators share: Zipf histories, medians over device events, the floor's bandwidth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def zipf_tokens(batch: int, length: int, vocab: int, alpha: float, device: torch.device, seed: int) -> Tensor:
+    """(B, L) int64 ids drawn with probability proportional to 1 / (rank + 1) ** alpha over `vocab` ids."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shares = torch.arange(1, vocab + 1, dtype=torch.float64, device=device).pow(-alpha).cumsum(0)
+    draws = torch.rand(batch, length, dtype=torch.float64, device=device, generator=generator) * shares[-1]
+    return torch.searchsorted(shares, draws).clamp(max=vocab - 1)
+
+
+def median_ms(works: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each, taking turns, after one call each to warm up. On a GPU between device events."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    for _ in range(rounds):
+        for name, work in works.items():
+            if device.type != "cuda":
+                started = time.perf_counter()
+                work()
+                times[name].append(1e3 * (time.perf_counter() - started))
+                continue
+            torch.cuda.synchronize()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(200_000)  # cycles, so that the host is ahead and its launches are not timed
+            begin.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(x) for name, x in times.items()}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large device copy, bytes read plus bytes written: what the floors divide by."""
+    size = (2 << 30) if device.type == "cuda" else (64 << 20)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(i) for i in range(2))
+    ms = median_ms({"copy": lambda: target.copy_(source)}, 7, device)["copy"]  # type: ignore[func-returns-value]
+    return 2 * size / ms * 1e3
+
+
+def machine(device: torch.device) -> str:
+    """Device and versions, for the line above a table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, torch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if device.type == "cuda" else "")

@@ -1,0 +1,220 @@
+"""One training step of target attention over a sharded table, three ways, on any number of ranks (one included).
+
+    python examples/benchmarks/owner_step.py --lengths 4096 16384                     # one GPU
+    torchrun --nproc-per-node 8 examples/benchmarks/owner_step.py                     # several: weak scaling over 1, 2, 4, 8
+    DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 examples/benchmarks/owner_step.py --batch 2 --lengths 64 --vocab 500 --dim 16
+
+Ways, forward and backward of the same batch, plan included:
+  dense   every occurrence's embedding moves to the reader, which projects it and calls scaled_dot_product_attention
+  unique  distinct embeddings move, attention in unique space (strategy "gather")
+  owner   keys stay, queries and partial results move (strategy "owner")
+Gradients of embeddings end as (row, gradient) pairs at their owners, for `dense` one per occurrence: their sum is left out.
+The floor of `owner` is bytes over the bandwidth of a copy measured in the same run: tokens read and their inverse written once,
+each needed row read once forward and once backward, each distinct row's gradient written; the wire is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
+from torch import Tensor, nn
+
+from ta_plugin import SSPGroup, TokenizedAttention, UniqueSpace
+from ta_plugin.parallel import create_ssp_group
+from ta_plugin.routing import PermutedRows, Route
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of the largest output; float32 products may run on tf32 units
+
+
+class Rows(nn.Module):
+    """This rank's rows of a random (V, D) table; backward leaves (row, gradient) pairs, as ShardedTokenEmbedding does."""
+
+    def __init__(self, vocab: int, dim: int, group: SSPGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vocab_size, self.embedding_dim, self.owners = vocab, dim, PermutedRows(vocab, group.size)
+        first = group.rank * self.owners.rows_per_rank
+        generator = torch.Generator(group.device).manual_seed(0)
+        whole = torch.randn(vocab, dim, device=group.device, dtype=dtype, generator=generator) * dim**-0.5
+        self.rows = whole[first : first + self.owners.rows_per_rank].clone()
+        self.recorded: list[tuple[Tensor, Tensor]] = []
+
+    def owner_of(self, ids: Tensor) -> Tensor:
+        return self.owners.owner_of(ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _Look.apply(torch.empty(0, device=ids.device, requires_grad=True), self.owners.local_row(ids), self)
+
+
+class _Look(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows: Tensor, table: Rows) -> Tensor:
+        ctx.table = table
+        ctx.save_for_backward(rows)
+        return table.rows.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.table.recorded.append((ctx.saved_tensors[0], grad))
+        return grad.new_empty(0), None, None
+
+
+class Dense(nn.Module):
+    """Attention over positions: a row of its own for every occurrence."""
+
+    def __init__(self, table: Rows, group: SSPGroup, maps: dict[str, nn.Module], heads: int) -> None:
+        super().__init__()
+        self.table, self.group, self.heads, self.maps = table, group, heads, nn.ModuleDict(maps)
+
+    def fetch(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return self.table(ids.flatten()).view(*ids.shape, -1)
+        flat = ids.flatten()
+        bounds = torch.tensor([0, flat.numel()], dtype=torch.int32, device=ids.device)
+        route = Route.build(self.table.owner_of(flat), bounds, [1] * self.group.size, self.group)
+        rows = self.table(route.to_owners(flat, "dense.ids"))
+        return route.to_readers(rows, "dense.rows").view(*ids.shape, -1)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+        history, asked = self.fetch(tokens), self.fetch(targets)
+        q, k, v = (
+            self.maps[name](rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, rows in (("query", asked), ("key", history), ("value", history))
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def build(args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    table = Rows(args.vocab, args.dim, group, dtype)
+    torch.manual_seed(0)
+    maps: dict[str, nn.Module] = {
+        name: nn.Linear(args.dim, args.dim, bias=False, device=group.device, dtype=dtype)
+        for name in ("query", "key", "value")
+    }
+    ways: dict[str, nn.Module] = {"dense": Dense(table, group, maps, args.heads)}
+    for name, strategy in (("unique", "gather"), ("owner", "owner")):
+        ways[name] = TokenizedAttention(
+            args.batch, length, group.size, table, group=group, num_heads=args.heads, strategy=strategy, **maps
+        )
+    return ways
+
+
+def step(model: nn.Module, table: Rows, tokens: Tensor, lengths: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
+    """Forward and backward; the gradients are dropped as an optimizer would after using them."""
+    out = model(tokens, lengths, targets=targets)
+    out.backward(grad)
+    for parameter in model.parameters():
+        parameter.grad = None
+    table.recorded.clear()
+    return out.detach()
+
+
+def measure(
+    args: argparse.Namespace, group: SSPGroup, length: int, rate: float, say: Callable[[str], None]
+) -> dict[str, float]:
+    """One row per way; milliseconds of each."""
+    device, dtype = group.device, getattr(torch, args.dtype)
+    ways = build(args, group, length, dtype)
+    table = ways["owner"].embedding_fn
+    assert isinstance(table, Rows)
+    tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=group.rank)
+    targets = zipf_tokens(args.batch, args.targets, args.vocab, args.alpha, device, seed=1000 + group.rank)
+    lengths = torch.full((args.batch,), length, device=device)
+    grad = torch.randn(args.batch, args.targets, args.dim, device=device).to(dtype)
+    batch = table, tokens, lengths, targets, grad
+
+    outs, sent, peak = {}, {}, {}
+    for name, model in ways.items():
+        outs[name] = step(model, *batch)
+        group.traffic.reset()
+        held = 0
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        step(model, *batch)
+        sent[name] = group.traffic.total_bytes()
+        peak[name] = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
+    largest = outs["dense"].abs().max()
+    for name, out in outs.items():
+        error = float((out - outs["dense"]).abs().max() / largest)
+        if not error <= TOLERANCE[dtype]:
+            raise SystemExit(f"{name} differs from dense by {error:.1e} of the largest output")
+
+    def work(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            step(model, *batch)
+
+        return run
+
+    times = median_ms({name: work(model) for name, model in ways.items()}, args.rounds, device)
+    space = UniqueSpace.from_padded(tokens, lengths)
+    ids, row = int(space.tokens.unique().numel()), args.dim * dtype.itemsize
+    floor = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
+    for name in ways:
+        memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak["dense"] else "-"
+        against = f"{times[name] / floor:.1f}" if name == "owner" else ""
+        say(
+            f"| {group.size} | {length} | {name} | {times[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against} | "
+            f"{sent[name] / 2**20:.2f} | {memory} |"
+        )
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256, help="samples per rank")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--vocab", type=int, default=4_000_000)
+    parser.add_argument("--alpha", type=float, default=1.05)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--targets", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    def say(line: str) -> None:
+        if first:
+            print(line, flush=True)
+
+    rate = copy_bandwidth(device)
+    say(
+        f"{machine(device)}; copy {rate / 1e12:.3f} TB/s; {world} rank(s); per rank B={args.batch} D={args.dim} H={args.heads} "
+        f"T={args.targets} {args.dtype}, Zipf {args.alpha} over {args.vocab} ids"
+    )
+    say(
+        "| ranks | L | way | ms | dense over it | floor of owner, ms | over floor | sent per rank, MiB | peak memory (of dense) |"
+    )
+    say("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    sizes = [n for n in (2**i for i in range(world.bit_length())) if world % n == 0]
+    scaling: dict[int, dict[int, dict[str, float]]] = {}
+    for size in sorted({*sizes, world}):
+        group = create_ssp_group(size, device=device)
+        scaling[size] = {length: measure(args, group, length, rate, say) for length in args.lengths}
+    for size, by_length in scaling.items():
+        if size > 1:  # the batch per rank stays: the same time would be perfect
+            for length, times in by_length.items():
+                shares = ", ".join(f"{name} {scaling[1][length][name] / ms:.0%}" for name, ms in times.items())
+                say(f"weak scaling, {size} ranks, L={length}: {shares}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Target attention that gathers rows by index, against its floor and against attention on rows written out.
+
+    python examples/benchmarks/target_attention.py [--length 4096] [--targets 1 2 4 8 16] [--dtype bfloat16] [--peers expanded occurrences]
+
+Histories are Zipf ids; keys are the distinct ids of each sample, the table the distinct ids of the batch, one table (absorbed
+projections: keys and values are the rows themselves). Floors are bytes over the bandwidth of a copy measured in the same run:
+  forward   every needed row once per sample, its index, queries and outputs
+  backward  the same, and for every key the queries' and output gradients' rows of its sample again, and the table's gradient
+`moved` is what our backward has to move instead: it writes each shared key's part once, in float32, and reads it once.
+Peers: `expanded` writes a row per key and calls weighted_attention (FlexAttention on CUDA); `occurrences` is torch's
+scaled_dot_product_attention over every occurrence's row, which a reader without unique space would call (rows laid out before).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
+from torch import Tensor
+
+from ta_plugin import UniqueSpace
+from ta_plugin.attention import target_attention
+from ta_plugin.ops import load_op
+
+
+def passes(
+    attend: Callable[..., Tensor], leaves: tuple[Tensor, ...], rows_of_grad: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A forward alone, and a backward alone on a graph that is kept."""
+    out = attend(*leaves)
+    grad = torch.randn_like(out)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attend(*leaves)
+
+    def backward() -> None:
+        torch.autograd.grad(out, leaves[:rows_of_grad], grad, retain_graph=True)
+
+    return forward, backward
+
+
+def measure(
+    args: argparse.Namespace, targets: int, space: UniqueSpace, ids: UniqueSpace, tokens: Tensor, rate: float
+) -> None:
+    device, dtype, batch = tokens.device, getattr(torch, args.dtype), tokens.shape[0]
+    heads, dim, size = args.heads, args.dim, getattr(torch, args.dtype).itemsize
+    table = torch.randn(ids.num_rows, 1, dim, device=device, dtype=dtype).requires_grad_()
+    q = torch.randn(batch * targets, heads, dim, device=device, dtype=dtype).requires_grad_()
+    cu_q = torch.arange(0, batch * targets + 1, targets, dtype=torch.int32, device=device)
+    weight = space.log_counts(dtype)
+    common: dict[str, Any] = {"scale": dim**-0.5, "max_seqlen_q": targets}
+
+    def gathered(q: Tensor, table: Tensor, backend: str = "compiled") -> Tensor:
+        return target_attention(q, table, None, ids.segments, cu_q, space.cu_seqlens, weight, backend=backend, **common)
+
+    works = {"ours": passes(gathered, (q, table), 2)}
+    if "expanded" in args.peers:
+        works["expanded"] = passes(lambda q, t: gathered(q, t, "expanded"), (q, table), 2)
+    if "occurrences" in args.peers:
+        everything = table.detach()[ids.inverse[space.inverse]].view(batch, 1, -1, dim).requires_grad_()
+        grid = q.detach().view(batch, targets, heads, dim).transpose(1, 2).requires_grad_()
+
+        def sdpa(grid: Tensor, rows: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(grid, rows, rows, scale=dim**-0.5, enable_gqa=True)
+
+        works["occurrences"] = passes(sdpa, (grid, everything), 2)
+    forward = median_ms({name: work[0] for name, work in works.items()}, args.rounds, device)
+    backward = median_ms({name: work[1] for name, work in works.items()}, args.rounds, device)
+
+    keys, per_query = space.num_rows, q.numel() * size
+    lone = int((ids.counts == 1).sum())
+    read = keys * (dim * size + 8) + per_query
+    floors = read + per_query, read + keys * 2 * heads * targets * dim * size + (table.numel() * size) + 2 * per_query
+    moved = read + 3 * per_query + 2 * (keys - lone) * dim * 4 + table.numel() * size + keys * 24
+    flops = 4 * heads * targets * dim * keys
+    for name in works:
+        cells = [f"{forward[name]:.3f}", f"{backward[name]:.3f}"]
+        if name == "ours":
+            low = [1e3 * x / rate for x in (*floors, moved)]
+            cells += [
+                f"{low[0]:.3f}",
+                f"{low[0] / forward[name]:.0%}",
+                f"{low[1]:.3f}",
+                f"{low[1] / backward[name]:.0%}",
+            ]
+            cells += [f"{low[2]:.3f}", f"{low[2] / backward[name]:.0%}", f"{flops / forward[name] / 1e9:.0f}"]
+        else:
+            cells += [""] * 6 + [f"{flops / forward[name] / 1e9:.0f}"]
+        print(f"| {heads * targets} | {name} | " + " | ".join(cells) + " |", flush=True)
+    if len(works) > 1 and "expanded" in works:
+        ours, peer = (gathered(q, table, backend).detach().float() for backend in ("compiled", "expanded"))
+        print(f"|  | largest difference from expanded: {float((ours - peer).abs().max()):.1e} |" + " |" * 9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=4_000_000)
+    parser.add_argument("--alpha", type=float, default=1.05)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--targets", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--peers", nargs="*", default=["expanded", "occurrences"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    loaded = load_op("target_attention", device=device.type)
+    if loaded.implementation != "compiled":
+        parser.error(f"target_attention is not compiled for {device}: {loaded.reason}")
+    rate = copy_bandwidth(device)
+    tokens = zipf_tokens(args.batch, args.length, args.vocab, args.alpha, device, seed=1)
+    space = UniqueSpace.from_padded(tokens, torch.full((args.batch,), args.length, device=device))
+    ids = UniqueSpace.from_packed(space.tokens)
+    print(
+        f"{machine(device)}; copy {rate / 1e12:.3f} TB/s; B={args.batch} L={args.length} D={args.dim} H={args.heads} {args.dtype}; "
+        f"{space.num_rows} keys (L/U {space.num_occurrences / space.num_rows:.2f}) of {ids.num_rows} distinct ids"
+    )
+    print(
+        "| H*T | way | forward ms | backward ms | floor | of floor | floor bw | of floor | moved bw | of moved | forward TFLOP/s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for targets in args.targets:
+        measure(args, targets, space, ids, tokens, rate)
+
+
+if __name__ == "__main__":
+    main()

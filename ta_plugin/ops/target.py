@@ -1,0 +1,230 @@
+"""Few queries per sample onto rows gathered by index, as operators: `ta_plugin.attention.target_attention` is the contract.
+
+Kernels: csrc/cpu/target_attention.cpp and csrc/target_attention/. The gradient of a table row is the sum over its members (the
+keys that name it) in ascending order, never by atomics: forward and backward are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ta_plugin.ops.registry import Operator
+from ta_plugin.ops.segments import SEGMENT_SUM
+
+
+def _forward_in_torch(
+    q: Tensor,
+    k_table: Tensor,
+    v_table: Tensor | None,
+    rows: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    weight: Tensor | None,
+    q_chunk: Tensor | None,
+    max_seqlen_q: int,
+    scale: float,
+    normaliser: str,
+) -> tuple[Tensor, Tensor]:
+    """q (Q, H, D), tables (G, Hk, D), rows (K,) -> out (Q, H, D) and lse (Q, H), (0, H) without softmax; sample by sample."""
+    out, lse = torch.zeros_like(q), _lse_like(q, normaliser)
+    for (q0, q1), _, (x, w, _, v) in _samples(
+        q, k_table, v_table, rows, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, scale, normaliser
+    ):
+        if normaliser == "softmax":
+            score = (x + w).masked_fill(w == -torch.inf, -torch.inf)
+            total = torch.logsumexp(score, 1)
+            share = (score - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(1)).exp()
+            lse[q0:q1] = total
+        else:
+            share = w * _activate(x, normaliser)
+        out[q0:q1] = torch.einsum("tnh,nhd->thd", share, v).to(q.dtype)
+    return out, lse
+
+
+def _backward_in_torch(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k_table: Tensor,
+    v_table: Tensor | None,
+    rows: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    weight: Tensor | None,
+    q_chunk: Tensor | None,
+    max_seqlen_q: int,
+    scale: float,
+    normaliser: str,
+    out: Tensor,
+    lse: Tensor,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk_table, dv_table ((0,) with one table) and d(weight) of each pair (K, max_seqlen_q, H) ((0,) unless asked for)."""
+    wide, groups = lse.dtype, k_table.shape[1]
+    dq = torch.zeros_like(q)
+    dk, dv = (torch.zeros(rows.shape[0], *k_table.shape[1:], dtype=wide, device=q.device) for _ in range(2))
+    dpairs = _pairs_like(q, rows, max_seqlen_q, wide).zero_() if need_dweight else lse.new_empty(0)
+    for (q0, q1), (k0, k1), (x, w, k, v) in _samples(
+        q, k_table, v_table, rows, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, scale, normaliser
+    ):
+        g = dout[q0:q1].to(wide)
+        dp = torch.einsum("thd,nhd->tnh", g, v)
+        if normaliser == "softmax":
+            total = lse[q0:q1]
+            p = (x + w - total.masked_fill(total == -torch.inf, 0.0).unsqueeze(1)).masked_fill(
+                w == -torch.inf, -torch.inf
+            )
+            p = p.exp()
+            delta = (g * out[q0:q1].to(wide)).sum(-1) - (0.0 if dlse is None else dlse[q0:q1])
+            ds = dw = (p * (dp - delta.unsqueeze(1))).masked_fill(w == -torch.inf, 0.0)
+        else:
+            p, ds, dw = w * _activate(x, normaliser), w * _slope(x, normaliser) * dp, _activate(x, normaliser) * dp
+        dq[q0:q1] = (scale * torch.einsum("tnh,nhd->thd", ds, k)).to(q.dtype)
+        for to, share, queries in ((dk, scale * ds, q[q0:q1].to(wide)), (dv, p, g)):
+            per_head = torch.einsum("tnh,thd->nhd", share, queries)
+            to[k0:k1] = per_head.view(k1 - k0, groups, -1, q.shape[2]).sum(2)
+        if need_dweight:
+            dpairs[k0:k1, : q1 - q0] = dw.transpose(0, 1).expand(-1, -1, q.shape[1])
+    segments = rows, order, offsets
+    if v_table is None:
+        return dq, SEGMENT_SUM.in_torch(dk + dv, *segments).to(q.dtype), q.new_empty(0), dpairs
+    dk, dv = (SEGMENT_SUM.in_torch(d, *segments).to(q.dtype) for d in (dk, dv))
+    return dq, dk, dv, dpairs
+
+
+def _samples(
+    q: Tensor,
+    k_table: Tensor,
+    v_table: Tensor | None,
+    rows: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    weight: Tensor | None,
+    q_chunk: Tensor | None,
+    scale: float,
+    normaliser: str,
+) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Bounds of queries and keys, and scaled scores (T, n, H), weights (T or 1, n, H or 1), keys and values (n, H, D)."""
+    wide, repeat = _wide(q), q.shape[1] // k_table.shape[1]
+    cu_q, cu_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        index = rows[k0:k1]
+        k = k_table[index].to(wide).repeat_interleave(repeat, 1)
+        v = k if v_table is None else v_table[index].to(wide).repeat_interleave(repeat, 1)
+        if weight is None:
+            w = torch.full((1, k1 - k0), 0.0 if normaliser == "softmax" else 1.0, dtype=wide, device=q.device)
+        else:
+            w = weight[k0:k1].unsqueeze(0) if q_chunk is None else weight[q_chunk[q0:q1], k0:k1]
+        w = w.unsqueeze(-1) if w.dim() == 2 else w
+        if normaliser == "softmax":  # rows that no query sees may hold NaN
+            absent = (w == -torch.inf).all(2).all(0)[:, None, None]
+            k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+        x = scale * torch.einsum("thd,nhd->tnh", q[q0:q1].to(wide), k)
+        yield (q0, q1), (k0, k1), (x, w, k, v)
+
+
+def _activate(x: Tensor, normaliser: str) -> Tensor:
+    return x * x.sigmoid() if normaliser == "silu" else x
+
+
+def _slope(x: Tensor, normaliser: str) -> Tensor:
+    if normaliser != "silu":
+        return torch.ones_like(x)
+    gate = x.sigmoid()
+    return gate * (1 + x * (1 - gate))
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _pairs_like(q: Tensor, rows: Tensor, max_seqlen_q: int, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(rows.shape[0], max_seqlen_q, q.shape[1], dtype=dtype)
+
+
+def _lse_like(q: Tensor, normaliser: str) -> Tensor:
+    return q.new_empty(q.shape[0] if normaliser == "softmax" else 0, q.shape[1], dtype=_wide(q))
+
+
+def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), _lse_like(q, rest[-1])
+
+
+def _backward_fake(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k_table, v_table, rows, *_, max_seqlen_q, _, _, _, lse, need_dweight = inputs
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k_table))
+    dv = q.new_empty(0) if v_table is None else torch.empty_like(dk)
+    return dq, dk, dv, _pairs_like(q, rows, max_seqlen_q, lse.dtype) if need_dweight else lse.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.max_seqlen_q, ctx.scale, ctx.normaliser = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    weight, q_chunk = tensors[8:10]
+    need_dweight = weight is not None and ctx.needs_input_grad[8]
+    if dout is None and dlse is None:
+        return (None,) * 13
+    dq, dk, dv, dpairs = TARGET_ATTENTION_BACKWARD(
+        torch.zeros_like(out) if dout is None else dout,
+        dlse if ctx.normaliser == "softmax" else None,
+        *tensors,
+        ctx.max_seqlen_q,
+        ctx.scale,
+        ctx.normaliser,
+        out,
+        lse,
+        need_dweight,
+    )
+    dweight = _weight_gradient(dpairs, weight, q_chunk, *tensors[6:8]) if need_dweight else None
+    return dq, dk, None if tensors[2] is None else dv, *[None] * 5, dweight, *[None] * 4
+
+
+def _weight_gradient(
+    pairs: Tensor, weight: Tensor, q_chunk: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """d(weight) from that of each pair (K, T, H), in weight's shape."""
+    if q_chunk is None:
+        return pairs.sum(1) if weight.dim() == 2 else pairs.sum((1, 2))
+    keys, targets = pairs.shape[:2]
+    pairs = pairs if weight.dim() == 3 else pairs.sum(2, keepdim=True)
+    first = torch.repeat_interleave(cu_seqlens_q[:-1].long(), cu_seqlens_k.diff(), output_size=keys)
+    key = torch.arange(keys, device=pairs.device)
+    grad = torch.zeros(weight.shape[0] * keys, pairs.shape[2], dtype=pairs.dtype, device=pairs.device)
+    for t in range(targets):  # within one t every key has a slot of its own: nothing depends on the order of additions
+        chunk = q_chunk[(first + t).clamp(max=max(q_chunk.shape[0] - 1, 0))]  # past a sample's targets 0 is added
+        grad.index_add_(0, chunk * keys + key, pairs[:, t])
+    return grad.view(weight.shape[0], keys, *weight.shape[2:])
+
+
+_INPUTS = (
+    "Tensor q, Tensor k_table, Tensor? v_table, Tensor rows, Tensor order, Tensor offsets, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, Tensor? weight, Tensor? q_chunk, int max_seqlen_q, float scale, str normaliser"
+)
+TARGET_ATTENTION = Operator(
+    "target_attention",
+    f"({_INPUTS}) -> (Tensor out, Tensor lse)",
+    _forward_in_torch,
+    _forward_fake,
+    _keep,
+    _backward,
+)
+TARGET_ATTENTION_BACKWARD = Operator(
+    "target_attention_backward",
+    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, bool need_dweight) "
+    "-> (Tensor dq, Tensor dk_table, Tensor dv_table, Tensor dpairs)",
+    _backward_in_torch,
+    _backward_fake,
+)

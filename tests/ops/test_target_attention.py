@@ -1,0 +1,375 @@
+"""Target attention compiled for every device there is, against loops over queries and heads in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ta_plugin.attention import target_attention
+from ta_plugin.ops import Segments
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+WEIGHTS = [None, "key", "head", "pair", "pair_head"]
+NAMES = ("out", "lse", "dq", "dk", "dv", "dweight")
+
+
+class Case(NamedTuple):
+    q: Tensor
+    k_table: Tensor
+    v_table: Tensor | None
+    rows: Tensor
+    lengths_q: list[int]
+    lengths_k: list[int]
+    weight: Tensor | None
+    q_chunk: Tensor | None
+    normaliser: str
+    activation: Any
+    grads: tuple[Tensor, Tensor]
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        return tuple(
+            torch.tensor([0, *x], device=self.q.device).cumsum(0).int() for x in (self.lengths_q, self.lengths_k)
+        )
+
+
+def draw(
+    device: str,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    *,
+    table: int = 23,
+    heads: int = 4,
+    heads_kv: int = 1,
+    dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    one_table: bool = True,
+    weights: str | None = "key",
+    normaliser: str = "softmax",
+    activation: Any = None,
+    absent: float = 0.0,
+    seed: int = 0,
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    queries, keys, targets = sum(lengths_q), sum(lengths_k), max([*lengths_q, 1])
+    q, dout = (torch.randn(queries, heads, dim, generator=g).to(dtype) for _ in range(2))
+    tables = [torch.randn(table, heads_kv, dim, generator=g).to(dtype) for _ in range(1 if one_table else 2)]
+    rows = torch.randint(0, max(table, 1), (keys,), generator=g)
+    shape = {
+        None: None,
+        "key": (keys,),
+        "head": (keys, heads),
+        "pair": (targets, keys),
+        "pair_head": (targets, keys, heads),
+    }
+    weight, chunk = None, None
+    if weights is not None:
+        weight = torch.randn(shape[weights], generator=g, dtype=torch.promote_types(dtype, torch.float32))
+        if normaliser == "softmax":
+            weight[torch.rand(weight.shape, generator=g) < absent] = -torch.inf
+        if weights.startswith("pair"):
+            chunk = torch.cat([torch.arange(n) for n in lengths_q] or [torch.zeros(0, dtype=torch.int64)])
+    dlse = torch.randn(queries, heads, generator=g, dtype=torch.promote_types(dtype, torch.float32))
+    moved = [
+        None if x is None else x.to(device)
+        for x in (q, tables[0], None if one_table else tables[1], rows, weight, chunk, dout, dlse)
+    ]
+    return Case(*moved[:4], lengths_q, lengths_k, *moved[4:6], normaliser, activation, tuple(moved[6:]))  # type: ignore[arg-type]
+
+
+def run(case: Case, backend: str = "compiled") -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_() for x in (case.q, case.k_table, case.v_table, case.weight)
+    ]
+    out, lse = target_attention(
+        *leaves[:3], case.rows, *case.bounds, leaves[3],
+        normaliser=case.normaliser, activation=case.activation, q_chunk=case.q_chunk, return_lse=True, backend=backend,
+    )  # fmt: skip
+    return gradients(case, leaves, out, lse)
+
+
+def gradients(case: Case, leaves: list[Any], out: Tensor, lse: Tensor | None) -> dict[str, Tensor]:
+    loss = (out.double() * case.grads[0].double()).sum()
+    if lse is not None:
+        loss = loss + (lse.where(lse > -torch.inf, 0.0).double() * case.grads[1].double()).sum()
+    given = [x for x in leaves if x is not None]
+    found = (
+        iter(torch.autograd.grad(loss, given, allow_unused=True))
+        if out.numel()
+        else iter([torch.zeros_like(x) for x in given])
+    )
+    values = [
+        out.detach(),
+        None if lse is None else lse.detach(),
+        *(None if x is None else next(found) for x in leaves),
+    ]
+    return {name: x for name, x in zip(NAMES, values, strict=True) if x is not None}
+
+
+def oracle(case: Case) -> dict[str, Tensor]:
+    """Query by query, head by head, over the keys that are there, in float64."""
+    leaves = [
+        None if x is None else x.detach().cpu().double().requires_grad_()
+        for x in (case.q, case.k_table, case.v_table, case.weight)
+    ]
+    q, k_table, v_table, weight = leaves
+    v_table = k_table if v_table is None else v_table
+    share, scale, rows = q.shape[1] // k_table.shape[1], q.shape[2] ** -0.5, case.rows.cpu()
+    outs, lses, i, first = [], [], 0, 0
+    for n_q, n_k in zip(case.lengths_q, case.lengths_k, strict=True):
+        for _ in range(n_q):
+            for h in range(q.shape[1]):
+                key = torch.arange(first, first + n_k)
+                w = torch.full((n_k,), 0.0 if case.normaliser == "softmax" else 1.0, dtype=torch.float64)
+                if weight is not None:
+                    w = weight if case.q_chunk is None else weight[int(case.q_chunk[i])]
+                    w = w[key] if w.dim() == 1 else w[key, h]
+                if case.normaliser == "softmax":
+                    key, w = key[w > -torch.inf], w[w > -torch.inf]
+                s = scale * k_table[rows[key], h // share] @ q[i, h]
+                v = v_table[rows[key], h // share]
+                if case.normaliser == "softmax":
+                    outs.append(torch.softmax(s + w, 0) @ v if len(key) else q[i, h] * 0)
+                    lses.append(torch.logsumexp(s + w, 0) if len(key) else torch.tensor(-torch.inf).double())
+                else:
+                    outs.append((w * (s if case.activation is None else case.activation(s))) @ v)
+            i += 1
+        first += n_k
+    out = torch.stack(outs).view(q.shape) if outs else torch.zeros_like(q)
+    lse = None
+    if case.normaliser == "softmax":
+        lse = torch.stack(lses).view(q.shape[:2]) if lses else torch.zeros(q.shape[:2]).double()
+    return {
+        name: torch.zeros_like(like(case, name)).double() if x is None else x
+        for name, x in gradients(case, leaves, out, lse).items()
+    }
+
+
+def like(case: Case, name: str) -> Tensor:
+    return {"dq": case.q, "dk": case.k_table, "dv": case.v_table, "dweight": case.weight}[name].cpu()  # type: ignore[union-attr]
+
+
+def check(case: Case, results: dict[str, Tensor] | None = None) -> None:
+    results = run(case) if results is None else results
+    expected = oracle(case)
+    assert results.keys() == expected.keys()
+    for name, want in expected.items():
+        got = results[name].detach().cpu().double()
+        finite = want.isfinite()
+        assert torch.equal(got.isfinite(), finite), name
+        error = (got[finite] - want[finite]).norm() / want[finite].norm().clamp(min=1e-6 * max(want.numel(), 1) ** 0.5)
+        assert error <= TOLERANCE[case.q.dtype], f"{name}: {error:.2e}"
+
+
+def supported(device: str) -> list[torch.dtype]:
+    both = [torch.float32, torch.bfloat16]
+    return both if device == "cuda" else [*both, torch.float64, torch.float16]
+
+
+@given(data=st.data())
+@settings(max_examples=80)
+def test_random_shapes(device: str, data: st.DataObject) -> None:
+    samples = data.draw(st.integers(0, 4))
+    lengths = st.lists(st.integers(0, 3), min_size=samples, max_size=samples)
+    keys = st.lists(st.integers(0, 9), min_size=samples, max_size=samples)
+    heads_kv = data.draw(st.integers(1, 3))
+    normaliser = data.draw(st.sampled_from(["softmax", "none"]))
+    case = draw(
+        device,
+        data.draw(lengths),
+        data.draw(keys),
+        table=data.draw(st.integers(1, 6)),
+        heads=heads_kv * data.draw(st.integers(1, 3)),
+        heads_kv=heads_kv,
+        dim=8 * data.draw(st.integers(1, 4)) if device == "cuda" else data.draw(st.integers(1, 9)),
+        dtype=data.draw(st.sampled_from([d for d in supported(device) if d in (torch.float32, torch.float64)])),
+        one_table=data.draw(st.booleans()),
+        weights=data.draw(st.sampled_from(WEIGHTS)),
+        normaliser=normaliser,
+        activation=data.draw(st.sampled_from([None, F.silu])) if normaliser == "none" else None,
+        absent=0.3,
+        seed=data.draw(st.integers(0, 1 << 20)),
+    )
+    check(case)
+
+
+@pytest.mark.parametrize("one_table", [True, False], ids=["one_table", "two_tables"])
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "targets", "dim"),
+    [(4, 1, 1, 128), (4, 2, 3, 64), (1, 1, 1, 40), (4, 1, 8, 96), (8, 1, 5, 128), (3, 1, 2, 256), (4, 4, 1, 128)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_sizes_and_types(
+    device: str, dtype: torch.dtype, heads: int, heads_kv: int, targets: int, dim: int, one_table: bool
+) -> None:
+    """Several chunks of keys to a sample, every width of the kernels, more query rows than a block takes at once."""
+    if dtype not in supported(device):
+        pytest.skip(f"{dtype} runs on the CPU")
+    if device == "cuda" and dtype == torch.float32 and not one_table and dim > 128:
+        pytest.skip("two float32 tables of this width do not fit shared memory")
+    keys = [700, 0, 33, 1] if device == "cuda" else [130, 0, 33, 1]
+    weights = WEIGHTS[(heads + targets + dim) % len(WEIGHTS)]
+    case = draw(
+        device, [targets, 1, targets, max(targets - 1, 0)], keys, table=400, heads=heads, heads_kv=heads_kv, dim=dim,
+        dtype=dtype, one_table=one_table, weights=weights, absent=0.1,
+    )  # fmt: skip
+    check(case)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("activation", [None, F.silu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_normaliser(device: str, dtype: torch.dtype, activation: Any, weights: str | None) -> None:
+    case = draw(
+        device, [2, 0, 1], [70, 5, 0], dtype=dtype, normaliser="none", activation=activation, weights=weights, heads_kv=2
+    )  # fmt: skip
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("table", [1, 9, 2000])
+def test_members_of_a_row(device: str, dtype: torch.dtype, table: int) -> None:
+    """One hot token whose row has hundreds of members; each row few; nearly every row one or none."""
+    case = draw(device, [1] * 5, [90, 40, 0, 100, 7], table=table, dtype=dtype, heads=2, dim=32)
+    if table == 2000:
+        case = case._replace(rows=torch.randperm(table, generator=torch.Generator().manual_seed(1))[:237].to(device))
+    check(case)
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([], []), ([0, 0], [0, 0]), ([2, 1], [0, 0]), ([0, 0], [3, 5])])
+@pytest.mark.parametrize("one_table", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_attend(
+    device: str, dtype: torch.dtype, lengths_q: list[int], lengths_k: list[int], one_table: bool
+) -> None:
+    case = draw(device, lengths_q, lengths_k, dtype=dtype, one_table=one_table)
+    results = run(case)
+    lse = results.pop("lse")
+    assert lse.shape == case.q.shape[:2] and (lse == -torch.inf).all()
+    assert all((x == 0).all() for x in results.values())
+    assert results["dk"].shape == case.k_table.shape
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_the_samples_that_name_it(device: str, dtype: torch.dtype, weights: str | None) -> None:
+    case = draw(device, [2, 1, 3], [37, 20, 41], table=60, dtype=dtype, weights=weights, heads_kv=2, one_table=False)
+    samples = torch.repeat_interleave(torch.arange(3), torch.tensor(case.lengths_k)).to(device)
+    case.rows[case.rows == 7] = 8  # row 7: sample 1 alone, and where weights can say so, absent from sample 0
+    case.rows[samples.eq(1).nonzero()[3]] = 7
+    if case.weight is not None:
+        case.rows[5] = 7
+        (case.weight if case.q_chunk is None else case.weight.movedim(1, 0))[5] = -torch.inf
+    clean = run(case)
+    assert case.v_table is not None
+    case.k_table[7], case.v_table[7] = torch.nan, torch.nan
+    dirty = run(case)
+    of_query = torch.repeat_interleave(torch.arange(3), torch.tensor(case.lengths_q)).to(device)
+    for name in ("out", "lse", "dq"):
+        assert torch.equal(dirty[name][of_query != 1], clean[name][of_query != 1]), name
+        assert dirty[name][of_query == 1].isnan().all(), name
+    untouched = torch.ones(60, dtype=torch.bool, device=device).index_fill(0, case.rows[samples == 1], False)
+    for name in ("dk", "dv"):
+        assert torch.equal(dirty[name][untouched], clean[name][untouched]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads_kv", [1, 2])
+def test_repeats_to_the_bit(device: str, dtype: torch.dtype, heads_kv: int) -> None:
+    keys = [900, 30, 0, 500] if device == "cuda" else [90, 30, 0, 50]
+    case = draw(device, [2, 9, 1, 1], keys, dtype=dtype, heads_kv=heads_kv, weights="head", absent=0.1)
+    first = run(case)
+    for _ in range(20):
+        again = run(case)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+
+
+@pytest.mark.parametrize("normaliser", ["softmax", "none"])
+def test_operators_in_torch_and_expanded_agree(device: str, normaliser: str, plain: Any) -> None:
+    case = draw(device, [2, 0, 3], [40, 9, 17], heads_kv=2, one_table=False, weights="pair_head", normaliser=normaliser)
+    check(case, run(case, "expanded"))
+    segments = Segments.from_index(case.rows, case.k_table.shape[0])
+    leaves = [x.detach().requires_grad_() for x in (case.q, case.k_table, case.v_table, case.weight)]  # type: ignore[union-attr]
+    out, lse = plain("target_attention")(
+        *leaves[:3], *segments.tensors(), *case.bounds, leaves[3], case.q_chunk, 3, case.q.shape[2] ** -0.5, normaliser
+    )  # fmt: skip
+    check(case, gradients(case, leaves, out, lse if normaliser == "softmax" else None))
+
+
+def test_absent_gradients_and_views(device: str) -> None:
+    """Gradient through lse alone, through a part of the inputs, and inputs that are views."""
+    case = draw(device, [2, 1], [30, 20], dim=32)
+    wide = case.q.repeat(1, 1, 2)[..., :32].requires_grad_()
+    out, lse = target_attention(
+        wide, case.k_table, None, case.rows, *case.bounds, case.weight, return_lse=True, backend="compiled"
+    )
+    assert torch.equal(out.detach(), run(case)["out"])
+    (grad,) = torch.autograd.grad(lse.sum(), [wide])
+    exact = case._replace(grads=(torch.zeros_like(case.q), torch.ones_like(case.grads[1])))
+    torch.testing.assert_close(grad, oracle(exact)["dq"].to(grad), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, "pair_head"])
+@pytest.mark.parametrize("one_table", [True, False])
+def test_torch_accepts_the_operators(device: str, compiled: Any, one_table: bool, weights: str | None) -> None:
+    case = draw(device, [2, 0, 1], [6, 3, 4], dim=8, one_table=one_table, weights=weights, table=9)
+    inputs = [None if x is None else x.requires_grad_() for x in (case.q, case.k_table, case.v_table)]
+    weight = None if case.weight is None else case.weight.requires_grad_()
+    segments = Segments.from_index(case.rows, 9).tensors()
+    arguments = (*inputs, *segments, *case.bounds, weight, case.q_chunk, 2, 0.3, "softmax")
+    torch.library.opcheck(compiled("target_attention").default, arguments)
+    out, lse = compiled("target_attention")(*arguments)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in (*case.grads, *arguments, out, lse)]
+    torch.library.opcheck(compiled("target_attention_backward").default, (*detached, weights is not None))
+
+
+def test_compiles_whole(device: str) -> None:
+    case = draw(device, [2, 1], [6, 4], dim=8, table=9)
+    segments = Segments.from_index(case.rows, 9)
+
+    def attend(q: Tensor, table: Tensor) -> Tensor:
+        return target_attention(q, table, None, segments, *case.bounds, case.weight, max_seqlen_q=2, backend="compiled")
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(case.q, case.k_table), attend(case.q, case.k_table))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"q": torch.zeros(3, 4)}, "q is"),
+        ({"k_table": torch.zeros(23, 1, 9)}, "k_table has shape"),
+        ({"v_table": torch.zeros(22, 1, 8)}, "v_table has shape"),
+        ({"k_table": torch.zeros(23, 3, 8)}, "the second must divide the first"),
+        ({"rows": torch.zeros(10)}, "rows is"),
+        ({"rows": Segments.from_index(torch.zeros(10, dtype=torch.int64), 5)}, "rows map onto 5"),
+        ({"cu_seqlens_k": torch.tensor([0, 10], dtype=torch.int32)}, "pass the same samples"),
+        ({"weight": torch.zeros(9)}, "weight has shape"),
+        ({"weight": torch.zeros(10, dtype=torch.bfloat16)}, "bf16 cannot tell"),
+        ({"normaliser": "sigmoid"}, "normaliser is"),
+        ({"activation": F.silu}, "activation is given"),
+        ({"q_chunk": torch.zeros(2, dtype=torch.int64)}, "q_chunk has shape"),
+        ({"backend": "flash"}, "choose 'compiled', 'expanded'"),
+        ({"normaliser": "none", "activation": F.relu, "backend": "compiled"}, "no activation but SiLU"),
+        ({"v_table": torch.zeros(23, 1, 4), "backend": "compiled"}, "equal head dims"),
+        ({"q": torch.zeros(3, 4, 8).double(), "backend": "compiled"}, "needs the tables in q's dtype"),
+        ({"rows": torch.full((10,), 23), "backend": "compiled"}, r"rows\[0\] is 23 of 23"),
+    ],
+)
+def test_wrong_arguments_are_named(device: str, change: dict[str, Any], expected: str) -> None:
+    if device != "cpu":
+        pytest.skip("checked before any kernel; a row beyond the table by the CPU kernel alone")
+    case = draw("cpu", [2, 1], [6, 4], dim=8)
+    arguments: dict[str, Any] = {"q": case.q, "k_table": case.k_table, "v_table": None, "rows": case.rows}
+    arguments |= {"cu_seqlens_q": case.bounds[0], "cu_seqlens_k": case.bounds[1]} | change
+    if isinstance(change.get("rows"), Tensor) and "backend" in change:
+        arguments["rows"] = Segments(change["rows"], torch.arange(10), torch.arange(24).clamp(max=10))
+    with pytest.raises((ValueError, IndexError), match=expected):
+        target_attention(**arguments)
