@@ -73,8 +73,8 @@ class TokenizedCoreAttention(MegatronModule):
                 "attention_bias is given to a tokenized layer; biases between positions do not fold, pass None"
             )
         if layout.owned is not None:
-            rows = (x[: layout.rows] for x in (query, key, value))
-            out, _lse = ring_attention(layout.owned, *rows, scoring=self.scoring)
+            q, k, v = (x[: layout.rows] for x in (query, key, value))
+            out, _lse = ring_attention(layout.owned, q, k, v, scoring=self.scoring)
             return layout.pad(out.flatten(1))
         space, size = layout.space, self.context.size
         keys = all_gather_rows(key, [layout.local] * size, self.context, "keys")[: space.num_rows]

@@ -189,7 +189,7 @@ class TokenizedModel(LanguageModule):
         try:
             check_tokens("tokens", tokens, tokens.device, self.vocab_size, lengths)
             if shared and labels is not None:
-                check_labels(labels, *tokens.shape, self.vocab_size)
+                check_labels(labels, tokens.shape[0], tokens.shape[1], self.vocab_size)
             plan = self.plan(tokens, lengths) if plan is None and not shared else plan
         except ValueError as failure:
             error = failure

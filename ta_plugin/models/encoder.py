@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ta_plugin.attention import Scoring, self_attention
+from ta_plugin.attention import Scoring
+from ta_plugin.strategies import OwnedRows, row_attention
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -54,12 +55,17 @@ class EncoderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(
-        self, rows: Tensor, space: UniqueSpace, bias: Tensor | None, value_term: Tensor | None, scoring: Scoring
+        self,
+        rows: Tensor,
+        space: UniqueSpace | OwnedRows,
+        bias: Tensor | None,
+        value_term: Tensor | None,
+        scoring: Scoring,
     ) -> Tensor:
         """rows (U, D) -> (U, D)."""
         heads = (rows.shape[0], self.num_heads, rows.shape[1] // self.num_heads)
         q, k, v = (x.reshape(heads) for x in self.qkv(self.attention_norm(rows)).chunk(3, -1))
-        mixed = self_attention(space, q, k, v, bias=bias, value_term=value_term, scoring=scoring)
+        mixed = row_attention(space, q, k, v, bias=bias, value_term=value_term, scoring=scoring)
         rows = rows + self.out(mixed.flatten(1))
         return rows + self.mlp(self.mlp_norm(rows))
 
