@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import written_out_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from ta_plugin import UniqueSpace
 from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention
+from ta_plugin.attention.causal_parts import KernelParts
 from ta_plugin.attention.chunks import cut
 from ta_plugin.attention.prefix import Decay, PrefixCounts, PrefixDecay
 
@@ -155,7 +158,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("decayed", [False, True])
 def test_prefix_weights_never_outgrow_the_keys(decayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither L x U nor all chunks x U x H exist, forward or backward; the kernel is left out, its memory is its own affair."""
-    import ta_plugin.attention.causal as module
+    import ta_plugin.attention.causal_parts as module
 
     length, vocabulary, heads, chunk = 4096, 512, 4, 4
     g = torch.Generator().manual_seed(0)
@@ -233,6 +236,23 @@ def test_index_arithmetic_reaches_2_to_the_40() -> None:
     decay = torch.tensor([0.3, 0.01], dtype=torch.float64)
     shifted = causal_attention(space, *inputs, decay=decay, times=times, chunk=2)
     assert torch.equal(shifted, causal_attention(space, *inputs, decay=decay, chunk=2))
+
+
+@settings(max_examples=25)
+@given(documents, st.integers(1, 9), st.sampled_from([(2, 2), (4, 2)]), decays, st.sampled_from(["out", "lse", "both"]))
+def test_parts_by_a_kernel_that_takes_out_and_lse(
+    lengths: list[int], chunk: int, heads: Any, kind: str, through: str
+) -> None:
+    """The way of the Hopper kernel, with its functions written out in float64: no part is computed again in backward."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = torch.randint(0, 6, (int(bounds[-1]),), generator=torch.Generator().manual_seed(chunk))
+    space = UniqueSpace.from_packed(tokens, bounds)
+    decay = None
+    if kind != "none":
+        decay = (alibi_slopes(heads[0]).double() * (-0.1 if kind == "growing" else 1.0)).requires_grad_(kind != "alibi")
+    parts = KernelParts(0.5, written_out_kernel, False)
+    with patch("ta_plugin.attention.causal.parts_for", lambda *_: parts):
+        compare(space, inputs_of(space, *heads), decay, through, chunk=chunk)
 
 
 def test_runs_repeat_to_the_bit() -> None:
