@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from ta_plugin.ops.connect import connect
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,53 @@ class Buckets:
         if self.q_order is None:
             return joined
         return joined.new_full((self.num_queries, *joined.shape[1:]), fill).index_copy(0, self.q_order, joined)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One bucket of a call, padded: q (n, Tq, H, D), k (n, Tk, Hk, D), v (n, Tk, Hk, Dv), weight (n, Tk, ...), chunk (n, Tq)."""
+
+    q_side: Side
+    k_side: Side
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weight: Tensor | None
+    chunk: Tensor | None
+
+
+def padded_pieces(
+    buckets: Buckets, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, q_chunk: Tensor | None = None
+) -> Iterator[Piece]:
+    """Packed rows, `weight` (K, ...) and `q_chunk` (Q,), bucket by bucket."""
+    nothing: list[None] = [None] * len(buckets.sides)
+    split = zip(
+        buckets.sides,
+        buckets.split_q(q),
+        buckets.split_k(k),
+        buckets.split_k(v),
+        nothing if weight is None else buckets.split_k(weight),
+        nothing if q_chunk is None else buckets.split_q(q_chunk),
+        strict=True,
+    )
+    for (q_side, k_side), qs, ks, vs, ws, chunk in split:
+        yield Piece(
+            q_side,
+            k_side,
+            q_side.pad(qs),
+            k_side.pad(ks),
+            k_side.pad(vs),
+            None if ws is None else k_side.pad(ws),
+            None if chunk is None else q_side.pad(chunk),
+        )
+
+
+def nothing_seen(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What queries get when no sample has both queries and keys: out (Q, H, Dv) of 0, lse (Q, H) of -inf, gradients 0."""
+    out = v.new_zeros(*q.shape[:2], v.shape[2])
+    wide = torch.promote_types(v.dtype, torch.float32)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=wide, device=q.device)
+    return connect(out, q, k, v, weight), connect(lse, q, k, v, weight)
 
 
 def bucketize(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Buckets:

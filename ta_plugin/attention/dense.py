@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ta_plugin.attention.buckets import Side, bucketize
-from ta_plugin.ops.connect import connect
+from ta_plugin.attention.buckets import Side, bucketize, nothing_seen, padded_pieces
 
 Normaliser = Literal["softmax", "none"]
 Activation = Callable[[Tensor], Tensor]
@@ -45,27 +44,15 @@ def dense_attention(
     """
     wide = torch.promote_types(v.dtype, torch.float32)
     buckets = bucketize(cu_seqlens_q, cu_seqlens_k)
-    heads = q.shape[1]
     if not buckets.sides:
-        empty = v.new_zeros(q.shape[0], heads, v.shape[2])
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=wide, device=q.device)
-        sources = (q, k, v, weight)
-        return connect(empty, *sources), connect(lse, *sources) if normaliser == "softmax" else None
+        out, lse = nothing_seen(q, k, v, weight)
+        return out, lse if normaliser == "softmax" else None
     keyed = None if weight is None else (weight.movedim(1, 0) if q_chunk is not None else weight)
-    pieces = zip(
-        buckets.sides,
-        buckets.split_q(q),
-        buckets.split_k(k),
-        buckets.split_k(v),
-        [None] * len(buckets.sides) if keyed is None else buckets.split_k(keyed),
-        [None] * len(buckets.sides) if q_chunk is None else buckets.split_q(q_chunk.long()),
-        strict=True,
-    )
     outs, lses = [], []
-    for (q_side, k_side), q_rows, k_rows, v_rows, weight_rows, chunk_rows in pieces:
-        qs, ks, vs = (side.pad(rows.to(wide)) for side, rows in ((q_side, q_rows), (k_side, k_rows), (k_side, v_rows)))
-        chunk = None if chunk_rows is None else q_side.pad(chunk_rows)
-        weights = None if weight_rows is None else _per_query(k_side.pad(weight_rows.to(wide)), chunk)
+    for piece in padded_pieces(buckets, q, k, v, keyed, None if q_chunk is None else q_chunk.long()):
+        q_side, k_side, chunk = piece.q_side, piece.k_side, piece.chunk
+        qs, ks, vs = (x.to(wide) for x in (piece.q, piece.k, piece.v))
+        weights = None if piece.weight is None else _per_query(piece.weight.to(wide), chunk)
         absent = _absent(k_side, q_side.length, causal, chunk, k_visible, weights if normaliser == "softmax" else None)
         if absent is not None:  # 0 * NaN is NaN: rows that no query sees must not reach a product
             never = absent.all(dim=2).all(dim=1)[:, :, None, None]

@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ta_plugin.attention.backends import choose
-from ta_plugin.attention.backends.padded import over_buckets
+from ta_plugin.attention.backends import Machine, choose
 from ta_plugin.attention.dense import dense_attention
+from ta_plugin.attention.runs import Runs
 
 
 @overload
@@ -26,6 +26,7 @@ def weighted_attention(
     q_chunk: Tensor | None = ...,
     k_visible: Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -44,6 +45,7 @@ def weighted_attention(
     q_chunk: Tensor | None = ...,
     k_visible: Tensor | None = ...,
     return_lse: Literal[True],
+    deterministic: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -61,6 +63,7 @@ def weighted_attention(
     q_chunk: Tensor | None = None,
     k_visible: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out[i] = sum_u softmax_u(scale * q_i.k_u + w_u) v_u over the keys of i's sample; optionally lse[i] with it.
@@ -74,7 +77,10 @@ def weighted_attention(
     causal:       query i of a sample sees its keys 0 .. i (both sides of equal length)
     q_chunk:      (Q,) int, the row of log_weight that each query uses
     k_visible:    (C,) int32, with q_chunk: how many of its sample's keys a chunk sees, from the first
-    backend:      "reference", "sdpa" (CPU), "flex" (CUDA), or None to have one chosen
+    deterministic: whether backward repeats bit for bit, as every other part of a step does. False lets "hopper" and "flash4" add dq in
+                  the order blocks finish, which is faster; torch.use_deterministic_algorithms(True) overrides it
+    backend:      "reference", "sdpa" (CPU), "flex" (CUDA), "hopper" (our kernel, sm_90), "flash4" (flash-attn-4), or None to have
+                  one chosen
 
     Returns out (Q, H, Dv) in v's dtype, and with return_lse lse (Q, H) in float32 (float64 for float64), natural log, weights
     included. A query without keys gives 0, lse -inf and gradient 0. Gradients flow to q, k, v and log_weight, through out
@@ -82,37 +88,57 @@ def weighted_attention(
     """
     _check(q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, q_chunk, k_visible, causal)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    runs = None
+    if q_chunk is not None and (log_weight is not None or k_visible is not None):
+        num_chunks = log_weight.shape[0] if log_weight is not None else k_visible.shape[0]  # type: ignore[union-attr]
+        runs = Runs.of(q_chunk, num_chunks, cu_seqlens_q)
     choice = choose(
         backend,
-        device=q.device,
+        device=Machine.of(q.device),
         dtype=q.dtype,
         head_dim=q.shape[2],
         value_dim=v.shape[2],
-        per_query_weights=q_chunk is not None,
+        per_query_weights=runs is not None,
         causal=causal,
+        runs=runs,
+        weighted=log_weight is not None,
+        per_head=log_weight is not None and log_weight.dim() == (3 if runs is not None else 2),
+        deterministic=deterministic,
+        weight_grad=log_weight is not None and log_weight.requires_grad and torch.is_grad_enabled(),
+        keys_per_sample=k.shape[0] // max(cu_seqlens_k.numel() - 1, 1),
     )
+    bounds = (cu_seqlens_q, cu_seqlens_k)
     if choice.name == "reference":
-        out, lse = dense_attention(
-            q,
-            k,
-            v,
-            log_weight,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            scale=scale,
-            causal=causal,
-            q_chunk=q_chunk,
-            k_visible=k_visible,
-        )
-        assert lse is not None
+        out, dense_lse = dense_attention(
+            q, k, v, log_weight, *bounds,
+            scale=scale, causal=causal, q_chunk=None if runs is None else q_chunk, k_visible=k_visible,
+        )  # fmt: skip
+        assert dense_lse is not None
+        lse = dense_lse
     elif choice.name == "sdpa":
-        from ta_plugin.attention.backends.sdpa import sdpa
+        from ta_plugin.attention.backends.sdpa import sdpa_attention
 
-        out, lse = over_buckets(sdpa, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale)
+        out, lse = sdpa_attention(
+            q, k, v, log_weight, *bounds, scale=scale, causal=causal, runs=runs, k_visible=k_visible
+        )  # fmt: skip
+    elif choice.name == "hopper":
+        from ta_plugin.attention.backends.hopper import extension, hopper_attention
+
+        out, lse = hopper_attention(
+            extension().kernels, q, k, v, log_weight, *bounds,
+            scale=scale, causal=causal, runs=runs, k_visible=k_visible, deterministic=deterministic,
+        )  # fmt: skip
+    elif choice.name == "flash4":
+        from ta_plugin.attention.backends.flash4 import flash4_attention
+
+        out, lse = flash4_attention(
+            q, k, v, log_weight, *bounds, scale=scale, causal=causal, deterministic=deterministic
+        )  # fmt: skip
     else:
-        from ta_plugin.attention.backends.flex import flex
+        from ta_plugin.attention.backends.flex import flex_attention_of
 
-        out, lse = over_buckets(flex, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale)
+        out, lse = flex_attention_of(q, k, v, log_weight, *bounds, scale=scale, causal=causal)
     return (out, lse) if return_lse else out
 
 
@@ -157,5 +183,9 @@ def _check(
         raise ValueError(f"q_chunk has shape {tuple(q_chunk.shape)}; pass one chunk per query, ({q.shape[0]},)")
     if k_visible is not None and q_chunk is None:
         raise ValueError("k_visible is given without q_chunk; pass the chunk of each query too")
+    if k_visible is not None and log_weight is not None and k_visible.shape != log_weight.shape[:1]:
+        raise ValueError(
+            f"k_visible has shape {tuple(k_visible.shape)}; pass one number per chunk, ({log_weight.shape[0]},)"
+        )
     if causal and not torch.equal(cu_seqlens_q, cu_seqlens_k):
         raise ValueError("causal is set, but cu_seqlens_q and cu_seqlens_k differ; pass a chunk against itself")

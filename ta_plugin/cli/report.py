@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ta_plugin.attention.backends import choose
-from ta_plugin.ops.builder import OpSpec, op_specs
+from ta_plugin.attention.backends import BACKENDS, choose
+from ta_plugin.ops.builder import OpSpec, missing_extension, op_specs
 
 SUPPORTED = {  # distribution: (lowest, below); what the tests run against
     "torch": ("2.11", "2.14"),
@@ -104,7 +104,7 @@ def backends() -> list[Line]:
     for head_dim in (64, 128):
         choice = _choose(None, device, dtype, head_dim)
         lines.append(Line("Attention", f"{device.type}, {dtype}, head_dim {head_dim}", "ok", choice))
-    for name in ("reference", "sdpa", "flex"):
+    for name in BACKENDS:
         try:
             detail = _choose(name, device, dtype, 64)
             lines.append(Line("Attention", f"backend {name}", "ok", f"runs on {device.type}: {detail}"))
@@ -135,20 +135,11 @@ def layout(size: int | None) -> list[Line]:
 
 
 def _op(spec: OpSpec) -> Line:
-    if _importable(spec.module):
-        return Line("Ops", spec.name, "ok", "built ahead of time")
-    try:
-        from ta_plugin.ops.builder.classes import missing_for
-    except ModuleNotFoundError as error:
-        if error.name != "deepspeed":
-            raise
-        return Line(
-            "Ops", spec.name, "missing", "not built; building it takes DeepSpeed's op builders (pip install deepspeed)"
-        )
-    missing = missing_for(spec)
+    missing = missing_extension(spec)
     if missing is not None:
         return Line("Ops", spec.name, "missing", missing)
-    return Line("Ops", spec.name, "ok", "not built yet; builds on first use")
+    built = _importable(spec.module)
+    return Line("Ops", spec.name, "ok", "built ahead of time" if built else "not built yet; builds on first use")
 
 
 def _importable(module: str) -> bool:
@@ -165,8 +156,6 @@ def _choose(name: str | None, device: torch.device, dtype: torch.dtype, head_dim
         dtype=dtype,
         head_dim=head_dim,
         value_dim=head_dim,
-        per_query_weights=False,
-        causal=False,
     )
     return f"{choice.name} ({choice.reason})"
 

@@ -91,7 +91,9 @@ def test_with_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["GPU 0"]["detail"] == "A GPU, sm_90"
     assert facts["ta_any"]["state"] == "ok"
     assert facts["backend sdpa"]["state"] == "missing"
-    assert any(name.startswith("cuda, torch.bfloat16") for name in facts)
+    assert facts["cuda, torch.bfloat16, head_dim 64"]["detail"].startswith("hopper (the fastest as measured")
+    assert facts["backend hopper"]["state"] == "ok"  # nvcc is found: it builds on first use
+    assert "flash-attn-4 is not installed" in facts["backend flash4"]["detail"]
 
 
 def test_versions_outside_the_range_are_a_warning(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import torch._dynamo.config
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from ta_plugin.attention.backends.padded import over_buckets
+
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -18,21 +20,39 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     )  # compiled once: a closure built outside would compile anew at each call
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The dense kernel of `over_buckets` on CUDA."""
+def flex_attention_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The contract of `weighted_attention` on CUDA, without chunks."""
+    return over_buckets(_dense, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale, causal)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     if weight is not None:
         weight = weight.expand(-1, q.shape[2], -1).contiguous()
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     # sizes of 1 compile apart from the rest (samples, queries, keys, with and without weights): more than the default of 8 variants,
     # and past the limit the kernel would silently be replaced by one that writes all scores out
     with torch._dynamo.config.patch(recompile_limit=64):
-        out, lse = _compiled()(q, k, v, weight, scale)
+        out, lse = _compiled()(q, k, v, weight, scale, causal)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    def add_weight(score: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        assert weight is not None
-        return score + weight[sample, head, key]
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    def modify(score: Tensor, sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if weight is not None:
+            score = score + weight[sample, head, key]
+        return torch.where(query >= key, score, -torch.inf) if causal else score
 
-    return flex_attention(q, k, v, score_mod=None if weight is None else add_weight, scale=scale, return_lse=True)
+    plain = weight is None and not causal
+    return flex_attention(q, k, v, score_mod=None if plain else modify, scale=scale, return_lse=True)

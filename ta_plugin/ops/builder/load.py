@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ta_plugin.ops.builder.specs import OpSpec, op_specs
+from ta_plugin.ops.builder.specs import OpSpec, op_specs, spec_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def load_op(name: str, *, compile: bool = True) -> LoadedOp:
     if registered is not None:
         return LoadedOp(name, "compiled", f"torch.ops.ta_plugin.{name} is loaded", registered)
     spec = next(spec for spec in op_specs() if name in spec.operators)
-    reason = _build(spec)
+    reason = _load(spec).reason
     if reason is None:
         torch.library.register_fake(f"ta_plugin::{name}", _segment_sum_shape)
         return LoadedOp(name, "compiled", f"from {spec.name}", getattr(torch.ops.ta_plugin, name))
@@ -54,22 +55,64 @@ def load_op(name: str, *, compile: bool = True) -> LoadedOp:
     return LoadedOp(name, "fallback", reason, fallbacks[name])
 
 
-def _build(spec: OpSpec) -> str | None:
-    """Load an extension; what went wrong, or None."""
+@dataclass(frozen=True)
+class LoadedExtension:
+    """An extension of plain functions: its module, or the reason why there is none and how to change that."""
+
+    kernels: Any | None
+    reason: str | None
+
+
+def load_extension(name: str) -> LoadedExtension:
+    """The extension `name` of `op_specs()`, built ahead of time or now; warns where that fails. ValueError for an unknown name."""
+    loaded = _load(spec_of(name))
+    if loaded.reason is not None:
+        warnings.warn(f"{name} is not used: {loaded.reason}", stacklevel=2)
+    return loaded
+
+
+def missing_extension(spec: OpSpec) -> str | None:
+    """What keeps an extension from being loaded here, without building it; None if it is built, or can be on first use."""
+    if _prebuilt(spec) is not None:
+        return None
+    try:
+        from ta_plugin.ops.builder.classes import missing_for
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        return _NO_DEEPSPEED
+    return missing_for(spec)
+
+
+_NO_DEEPSPEED = "DeepSpeed, whose op builders compile it, is not installed; pip install ta_plugin[deepspeed]"
+
+
+def _prebuilt(spec: OpSpec) -> Any | None:
+    try:
+        return importlib.import_module(spec.module)
+    except ModuleNotFoundError as error:
+        if error.name != spec.module:  # something it imports is missing, not the extension itself
+            raise
+        return None
+
+
+def _load(spec: OpSpec) -> LoadedExtension:
+    built = _prebuilt(spec)
+    if built is not None:
+        return LoadedExtension(built, None)
     try:
         from ta_plugin.ops.builder.classes import builder_of
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise
-        return "DeepSpeed, whose op builders compile it, is not installed; pip install ta_plugin[deepspeed]"
+        return LoadedExtension(None, _NO_DEEPSPEED)
     builder = builder_of(spec)
     try:
-        builder.load()
+        return LoadedExtension(builder.load(), None)
     except RuntimeError as error:  # what torch raises for a failed compilation, and DeepSpeed for a missing tool
         lines = str(error).splitlines()
         cause = next((line.strip() for line in lines if "error:" in line), lines[0])  # the compiler's first complaint
-        return builder.error_log or f"building {spec.name} failed: {cause}"
-    return None
+        return LoadedExtension(None, builder.error_log or f"building {spec.name} failed: {cause}")
 
 
 def segment_sum_in_torch(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""How fast the GPU backends were measured: what `choose` ranks them by.
+
+TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, one H200, driver 580.159, torch 2.11.0+cu130,
+flash-attn-4 4.0.0b36, by `examples/benchmarks/weighted_attention.py`; csrc/NOTES.md holds the tables these come from.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+KEYS = (1024, 4096, 16384)  # a sample has about so many keys
+DIMS = (64, 128)
+
+# (backend, weighted, deterministic): for each of DIMS, at each of KEYS
+RATES: dict[tuple[str, bool, bool], tuple[tuple[int, ...], ...]] = {
+    ("hopper", True, False): ((394, 522, 557), (486, 609, 602)),
+    ("hopper", True, True): ((346, 430, 437), (452, 535, 517)),
+    ("flash4", False, False): ((404, 544, 582), (499, 643, 665)),
+    ("flash4", True, False): ((409, 409, 409), (472, 472, 472)),
+    ("flex", True, False): ((337, 337, 337), (350, 350, 350)),
+}
+
+
+def rate(name: str, weighted: bool, deterministic: bool, head_dim: int, keys: int) -> float | None:
+    """TFLOP/s of a backend for calls like this one, less what padding head_dim wastes; None where nothing was measured."""
+    # our kernel without weights is at least as fast as with them, FlexAttention has one backward, repeatable but for the weights'
+    options = (weighted, True) if name == "hopper" else (weighted,)
+    modes = (deterministic, False) if name == "flex" else (deterministic,)
+    table = next((RATES[name, w, d] for w in options for d in modes if (name, w, d) in RATES), None)
+    if table is None or head_dim > DIMS[-1]:
+        return None
+    column = min(bisect_left(KEYS, keys / 2), len(KEYS) - 1)
+    at = next(i for i, d in enumerate(DIMS) if d >= head_dim)
+    return table[at][column] * head_dim / DIMS[at]
