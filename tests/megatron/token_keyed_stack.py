@@ -44,8 +44,8 @@ def fill(module: torch.nn.Module, parts: int) -> None:
         parameter.copy_(whole.chunk(parts, parameter.partition_dim)[rank] if sharded else whole)
 
 
-def model_of(layout: Layout, every: int, **options: Any) -> GPTModel:
-    made = config(layout, window_size=(5, 0), num_layers=4)
+def model_of(layout: Layout, every: int, window: tuple[int, int] | None = None, **options: Any) -> GPTModel:
+    made = config(layout, window_size=window, num_layers=4)
     return GPTModel(
         made,
         get_token_keyed_block_spec(made, VOCAB, every=every, use_transformer_engine=False, **options),
@@ -62,8 +62,10 @@ def losses_and_gradients(layout: Layout, every: int) -> tuple[Tensor, dict[str, 
         fill(model, layout.tp)
         tokens, labels = batch()
         positions = torch.arange(LENGTH).expand(2, -1)
+        age = positions[0][:, None] - positions[0]
+        mask = ((age < 0) | (age > 5))[None, None]  # Megatron would make it on "cuda", in recomputation too
         plan = plan_causal(tokens, model.config, chunk=8)
-        losses = model(tokens, positions, None, labels=labels, packed_seq_params=plan)
+        losses = model(tokens, positions, mask, labels=labels, packed_seq_params=plan)
         losses.mean().backward()
         whole = {}
         for name, parameter in model.named_parameters():
@@ -82,7 +84,7 @@ def losses_and_gradients(layout: Layout, every: int) -> tuple[Tensor, dict[str, 
 def changed_by_the_future(every: int, decay: str) -> Tensor:
     """Logits (2, LENGTH, VOCAB) before and after the last 7 tokens change, their difference."""
     with megatron(Layout()):
-        model = model_of(Layout(), every, decay=decay)
+        model = model_of(Layout(), every, (5, 0), decay=decay)
         fill(model, 1)
         tokens, _ = batch()
         other = tokens.clone()
