@@ -193,14 +193,17 @@ class UniqueSpace:
 
     def expand(self, rows: Tensor) -> Tensor:
         """Rows (U, ...) to occurrences: (B, L, ...) with zeros past the lengths for padded input, (M, ...) for packed."""
-        occurrences = expand(rows, self.segments)
+        return self.unpack(expand(rows, self.segments))
+
+    def unpack(self, occurrences: Tensor) -> Tensor:
+        """The inverse of `pack`: (M, ...) to (B, L, ...) with zeros past the lengths; as it is for packed input."""
         if self.slots is None or self.padded_length is None:
             return occurrences
-        length = self.padded_length
-        if self.num_occurrences == self.num_samples * length:
-            return occurrences.reshape(self.num_samples, length, *rows.shape[1:])
-        grid = rows.new_zeros(self.num_samples * length, *rows.shape[1:])
-        return grid.index_copy(0, self.slots, occurrences).reshape(self.num_samples, length, *rows.shape[1:])
+        length, slots = self.padded_length, self.num_samples * self.padded_length
+        grid = occurrences
+        if self.num_occurrences != slots:
+            grid = occurrences.new_zeros(slots, *occurrences.shape[1:]).index_copy(0, self.slots, occurrences)
+        return grid.reshape(self.num_samples, length, *occurrences.shape[1:])
 
     def pack(self, values: Tensor) -> Tensor:
         """Per-occurrence values (B, L, ...) of padded input to (M, ...); packed values (M, ...) pass through."""

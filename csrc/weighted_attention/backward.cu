@@ -28,12 +28,13 @@ struct Workspace {
 Workspace carve(Carver& carver, const Problem& p, bool deterministic) {
   Workspace w;
   w.keys = Plan::at(carver.take(Plan::bytes(p.keys, p.samples, kKeyTile)), p.samples);
-  w.rows.plan = Plan::at(carver.take(Plan::bytes(p.queries, p.samples, kRowTile)), p.samples);
-  w.rows.max_tiles = Plan::max_tiles(p.queries, p.samples, kRowTile);
+  w.rows.plan = Plan::at(carver.take(Plan::bytes(p.queries, p.chunks, kRowTile)), p.chunks);
+  w.rows.max_tiles = Plan::max_tiles(p.queries, p.chunks, kRowTile);
   const size_t rows = size_t(w.rows.max_tiles) * kRowTile * p.heads;
   w.rows.lse = static_cast<float*>(carver.take(rows * sizeof(float)));
   w.rows.delta = static_cast<float*>(carver.take(rows * sizeof(float)));
-  w.rows.dq = deterministic ? nullptr : static_cast<float*>(carver.take(rows * p.head_dim * sizeof(float)));
+  w.rows.dq =
+      deterministic ? nullptr : static_cast<float*>(carver.take(rows * padded_columns(p.head_dim) * sizeof(float)));
   return w;
 }
 
@@ -53,9 +54,14 @@ cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w
   CUtensorMap q, dout;
   TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
   TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
-  const BackwardParameters parameters{
-      w.keys, w.rows, p.log_weight,    p.weight_stride_key, p.weight_stride_head, g.dk,
-      g.dv,   g.dlog_weight, p.heads, p.heads_kv,          p.scale};
+  const BackwardParameters parameters{sequences_of(p),     w.keys,
+                                      w.rows,              p.log_weight,
+                                      p.weight_stride_chunk, p.weight_stride_key,
+                                      p.weight_stride_head, g.dk,
+                                      g.dv,                g.dlog_weight,
+                                      p.keys,              p.heads,
+                                      p.heads_kv,          p.scale,
+                                      p.causal};
   const int blocks = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
   return launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters);
 }
@@ -64,8 +70,7 @@ template <typename T, int kHeadDim>
 cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStream_t stream) {
   Carver carver{static_cast<char*>(memory)};
   const Workspace w = carve(carver, p, g.deterministic);
-  plan_kernel<<<2, kPlanThreads, 0, stream>>>(p.cu_seqlens_q, kRowTile, w.rows.plan, p.cu_seqlens_k, kKeyTile, w.keys,
-                                              p.samples);
+  plan_kernel<<<2, kPlanThreads, 0, stream>>>(sequences_of(p), kRowTile, w.rows.plan, kKeyTile, w.keys);
   TA_RETURN_IF_ERROR(cudaGetLastError());
 
   if (p.queries > 0) {
@@ -99,8 +104,9 @@ cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStrea
     TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
     TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
     const BackwardDqParameters parameters{
-        w.rows.plan, w.rows,  p.log_weight,         p.weight_stride_key, p.weight_stride_head,
-        g.dq,        p.heads, p.heads / p.heads_kv, p.scale};
+        w.rows.plan,          w.rows, p.log_weight, p.weight_stride_chunk, p.weight_stride_key,
+        p.weight_stride_head, g.dq,   p.heads,      p.heads / p.heads_kv,  p.scale,
+        p.causal};
     return launch_shape<Shape>(backward_dq_kernel<Shape>, w.rows.max_tiles * p.heads, stream, q, dout, k, v,
                                parameters);
   }
@@ -114,6 +120,7 @@ cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStrea
 template <typename T>
 cudaError_t launch_type(const Problem& p, const Gradients& g, void* workspace, cudaStream_t stream) {
   if (p.head_dim == 64) return launch<T, 64>(p, g, workspace, stream);
+  if (p.head_dim == 96) return launch<T, 96>(p, g, workspace, stream);
   if (p.head_dim == 128) return launch<T, 128>(p, g, workspace, stream);
   return cudaErrorInvalidValue;
 }

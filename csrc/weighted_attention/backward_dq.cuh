@@ -1,5 +1,5 @@
-// dq on its own, repeatable to the bit: a block keeps one tile of queries with their dout and walks the keys of its
-// sample, as the forward pass does: S = Q K^T, dP = dO V^T, dQ += dS K, summed in registers in a fixed order.
+// dq on its own, repeatable to the bit: a block keeps one tile of queries with their dout and walks the keys that its chunk
+// sees, as the forward pass does: S = Q K^T, dP = dO V^T, dQ += dS K, summed in registers in a fixed order.
 #pragma once
 
 #include "backward_rows.cuh"
@@ -11,10 +11,11 @@ struct BackwardDqParameters {
   Plan plan;  // tiles of kQueries queries: the same as rows.plan
   RowWorkspace rows;
   const float* log_weight;
-  int64_t weight_stride_key, weight_stride_head;
+  int64_t weight_stride_chunk, weight_stride_key, weight_stride_head;
   void* dq;
   int heads, group;
   float scale;
+  bool causal;
 };
 
 template <typename T_, int kHeadDim_>
@@ -27,10 +28,10 @@ struct BackwardDqShape {
   static constexpr int kThreads = 3 * kWarpgroup;
 
   struct Shared {
-    alignas(1024) T q[kQueries * kHeadDim];
-    alignas(1024) T dout[kQueries * kHeadDim];
-    alignas(1024) T k[kStages][kKeys * kHeadDim];
-    alignas(1024) T v[kStages][kKeys * kHeadDim];
+    alignas(1024) T q[kQueries * padded_columns(kHeadDim)];
+    alignas(1024) T dout[kQueries * padded_columns(kHeadDim)];
+    alignas(1024) T k[kStages][kKeys * padded_columns(kHeadDim)];
+    alignas(1024) T v[kStages][kKeys * padded_columns(kHeadDim)];
     alignas(16) float bias[kStages][kKeys];
     Ring<kStages> ring_k, ring_v;
     Barrier q_landed;
@@ -39,12 +40,12 @@ struct BackwardDqShape {
 
 template <class Shape>
 __device__ __forceinline__ void backward_dq_consume(typename Shape::Shared& shared, const BackwardDqParameters& p,
-                                                    const Tile& tile, int keys, int consumer) {
+                                                    const Tile& tile, int key_tiles, int consumer) {
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   const float factor = p.scale * kLog2e;
-  const int row = tile.row + consumer * 64 + fragment_row();  // within the sample; the second row is 8 below
-  const int64_t place = p.rows.row(tile.sample, tile.head) + row;
+  const int row = tile.row + consumer * 64 + fragment_row();  // within the chunk; the second row is 8 below
+  const int64_t place = p.rows.row(tile.owner, tile.head) + row;
   const float lse[2] = {p.rows.lse[place], p.rows.lse[place + 8]};
   const float delta[2] = {p.rows.delta[place], p.rows.delta[place + 8]};
 
@@ -52,8 +53,8 @@ __device__ __forceinline__ void backward_dq_consume(typename Shape::Shared& shar
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) dq[i] = 0.f;
   Cursor<Shape::kStages> at;
-  if (keys > 0) barrier_wait(&shared.q_landed, 0);
-  for (int key = 0; key < keys; key += kKeys) {
+  if (key_tiles > 0) barrier_wait(&shared.q_landed, 0);
+  for (int n = 0; n < key_tiles; ++n) {
     float scores[kKeys / 2], dp[kKeys / 2];
     uint32_t packed_ds[kKeys / 4];
     const uint32_t base = recomputed(shared_address(&shared));
@@ -74,6 +75,9 @@ __device__ __forceinline__ void backward_dq_consume(typename Shape::Shared& shar
     wgmma_commit();
     wgmma_wait<1>();
     pin(scores);
+    if (p.causal && (n + 1) * kKeys > tile.row + consumer * 64 + 1) {
+      mask_after<kKeys>(scores, row - n * kKeys, row - n * kKeys + 8);
+    }
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) scores[i] = exp2_approx(fmaf(scores[i], factor, -lse[i / 2 % 2]));
     wgmma_wait<0>();
@@ -120,8 +124,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   __syncthreads();
 
-  const Tile tile = find_tile(p.plan, blockIdx.x, p.heads, kQueries);
+  const Tile tile = find_tile(p.plan, blockIdx.x, p.heads, kQueries, p.causal);
   const int first_key = tile.other_begin, keys = tile.other_length;
+  const int seen = p.causal ? min(keys, tile.row + kQueries) : keys;
+  const int key_tiles = (seen + kKeys - 1) / kKeys;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     registers_release<40>();
@@ -129,30 +135,32 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (threadIdx.x == 0) {
       const int head_kv = tile.head / p.group;
       const int token = tile.begin + tile.row;
-      for (int key = 0; key < keys; key += kKeys) {
-        if (key == 0) {
-          barrier_expect(&shared.q_landed, 2 * kQueries * kHeadDim * sizeof(T));
+      for (int n = 0; n < key_tiles; ++n) {
+        const int key = first_key + n * kKeys;
+        if (n == 0) {
+          barrier_expect(&shared.q_landed, 2 * tile_bytes<T, kQueries, kHeadDim>());
           load_tile<T, kQueries, kHeadDim>(shared.q, &map_q, &shared.q_landed, tile.head, token);
           load_tile<T, kQueries, kHeadDim>(shared.dout, &map_dout, &shared.q_landed, tile.head, token);
         }
         shared.ring_k.wait_free(at);
-        barrier_expect(&shared.ring_k.landed[at.stage], kKeys * kHeadDim * sizeof(T));
-        load_tile<T, kKeys, kHeadDim>(shared.k[at.stage], &map_k, &shared.ring_k.landed[at.stage], head_kv,
-                                      first_key + key);
+        barrier_expect(&shared.ring_k.landed[at.stage], tile_bytes<T, kKeys, kHeadDim>());
+        load_tile<T, kKeys, kHeadDim>(shared.k[at.stage], &map_k, &shared.ring_k.landed[at.stage], head_kv, key);
         shared.ring_v.wait_free(at);
-        barrier_expect(&shared.ring_v.landed[at.stage], kKeys * kHeadDim * sizeof(T));
-        load_tile<T, kKeys, kHeadDim>(shared.v[at.stage], &map_v, &shared.ring_v.landed[at.stage], head_kv,
-                                      first_key + key);
+        barrier_expect(&shared.ring_v.landed[at.stage], tile_bytes<T, kKeys, kHeadDim>());
+        load_tile<T, kKeys, kHeadDim>(shared.v[at.stage], &map_v, &shared.ring_v.landed[at.stage], head_kv, key);
         at.advance();
       }
     } else if (threadIdx.x / 32 == 1) {
-      const float* weights = p.log_weight + first_key * p.weight_stride_key + tile.head * p.weight_stride_head;
-      prepare_sample<T, kKeys, kHeadDim>(weights, p.weight_stride_key, keys, 1.f / p.scale, shared.bias, shared.ring_k,
-                                         shared.ring_v, shared.k, shared.v, at);
+      const float* weights = p.log_weight == nullptr
+                                 ? nullptr
+                                 : p.log_weight + tile.owner * p.weight_stride_chunk +
+                                       first_key * p.weight_stride_key + tile.head * p.weight_stride_head;
+      prepare_sample<T, kKeys, kHeadDim>(weights, p.weight_stride_key, key_tiles, keys, 1.f / p.scale, shared.bias,
+                                         shared.ring_k, shared.ring_v, shared.k, shared.v, at);
     }
   } else {
     registers_acquire<232>();
-    backward_dq_consume<Shape>(shared, p, tile, keys, warpgroup - 1);
+    backward_dq_consume<Shape>(shared, p, tile, key_tiles, warpgroup - 1);
   }
 }
 

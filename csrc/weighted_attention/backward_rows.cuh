@@ -1,7 +1,7 @@
 // What backward needs per query row, before and after the main kernel.
 //
-// Workspaces are laid out by tiles of kRowTile query rows, head by head, each sample beginning a tile:
-// row r of sample b and head h is at (h * max_tiles + first[b]) * kRowTile + r.
+// Workspaces are laid out by tiles of kRowTile query rows, head by head, each chunk beginning a tile:
+// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r.
 #pragma once
 
 #include "plan.cuh"
@@ -18,8 +18,8 @@ struct RowWorkspace {
   float* delta;  // sum(out * dout) - dlse: what is subtracted from dP
   float* dq;     // fp32 sums in fragment order, or null
 
-  __device__ __forceinline__ int64_t row(int sample, int head) const {
-    return (int64_t(head) * max_tiles + plan.first[sample]) * kRowTile;
+  __device__ __forceinline__ int64_t row(int chunk, int head) const {
+    return (int64_t(head) * max_tiles + plan.first[chunk]) * kRowTile;
   }
 };
 
@@ -52,7 +52,7 @@ struct Pair<__half> {
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const PrepareParameters p) {
   using Pair = typename Pair<T>::Type;
-  constexpr int kLanes = kHeadDim / 8;  // of one row, 16 bytes each
+  constexpr int kLanes = padded_columns(kHeadDim) / 8;  // of one row, 16 bytes each
   if (blockIdx.x >= *p.rows.plan.total) return;
   const int head = blockIdx.y;
   const TileEntry entry = p.rows.plan.entries[blockIdx.x];
@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
   const int64_t place = (int64_t(head) * p.rows.max_tiles + blockIdx.x) * kRowTile;
 
   if (p.rows.dq != nullptr) {
-    float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * kHeadDim);
-    for (int i = threadIdx.x; i < kRowTile * kHeadDim / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
+    float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * padded_columns(kHeadDim));
+    for (int i = threadIdx.x; i < kRowTile * padded_columns(kHeadDim) / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
   }
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 4
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
     const int64_t token = first_token + first_row + r;
     const bool exists = first_row + r < entry.length;
     float sum = 0.f;
-    if (exists) {
+    if (exists && lane * 8 < kHeadDim) {
       uint4 a = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.out) + (token * p.heads + head) * kHeadDim +
                                                 lane * 8);
       uint4 b = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.dout) + token * p.dout_stride_token +
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup) finish_dq_kernel(const FinishP
 
   const int consumer = threadIdx.x / kWarpgroup;
   const int64_t place = (int64_t(head) * p.rows.max_tiles + number) * kRowTile + part * kQueries;
-  const float4* sums = reinterpret_cast<const float4*>(p.rows.dq + place * kHeadDim) + consumer * 8 * kWarpgroup +
+  const float4* sums = reinterpret_cast<const float4*>(p.rows.dq + place * padded_columns(kHeadDim)) + consumer * 8 * kWarpgroup +
                        threadIdx.x % kWarpgroup;
   float dq[32];
 #pragma unroll
@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup) finish_dq_kernel(const FinishP
     T* begin = static_cast<T*>(p.dq) + ((token + row + 8 * i) * p.heads + head) * kHeadDim;
     address[i] = row + 8 * i < entry.length ? begin + (kQueries == 128 ? 0 : consumer * 64) : nullptr;
   }
-  store_fragment<T, 64>(dq, p.scale, p.scale, address[0], address[1]);
+  store_fragment<T, 64>(dq, p.scale, p.scale, address[0], address[1],
+                        kQueries == 128 ? kHeadDim : kHeadDim - consumer * 64);
 }
 
 }  // namespace weighted_attention

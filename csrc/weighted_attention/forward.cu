@@ -12,6 +12,10 @@ struct Choice<T, 64> {
   using Shape = ForwardShape<T, 64, 3, 128>;
 };
 template <typename T>
+struct Choice<T, 96> {
+  using Shape = ForwardShape<T, 96, 2, 128>;
+};
+template <typename T>
 struct Choice<T, 128> {
   using Shape = ForwardShape<T, 128, 2, 128>;
 };
@@ -25,14 +29,14 @@ cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cud
   int blocks;
   TA_RETURN_IF_ERROR(multiprocessors(&blocks));
 
-  const Plan plan = Plan::at(workspace, p.samples);
-  plan_kernel<<<1, kPlanThreads, 0, stream>>>(p.cu_seqlens_q, Shape::kQueries, plan, p.cu_seqlens_k, 1, plan,
-                                              p.samples);
+  const Plan plan = Plan::at(workspace, p.chunks);
+  plan_kernel<<<1, kPlanThreads, 0, stream>>>(sequences_of(p), Shape::kQueries, plan, 1, plan);
   TA_RETURN_IF_ERROR(cudaGetLastError());
 
-  const ForwardParameters parameters{plan, p.log_weight, p.weight_stride_key, p.weight_stride_head,
-                                     out,  lse,          p.heads,             p.heads / p.heads_kv,
-                                     p.scale};
+  const ForwardParameters parameters{
+      plan, p.log_weight, p.weight_stride_chunk, p.weight_stride_key,  p.weight_stride_head,
+      out,  lse,          p.heads,               p.heads / p.heads_kv, p.scale,
+      p.causal};
   const auto kernel = forward_kernel<Shape>;
   const int bytes = sizeof(typename Shape::Shared);
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -43,13 +47,14 @@ cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cud
 template <typename T>
 cudaError_t launch_type(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
   if (p.head_dim == 64) return launch<typename Choice<T, 64>::Shape>(p, out, lse, workspace, stream);
+  if (p.head_dim == 96) return launch<typename Choice<T, 96>::Shape>(p, out, lse, workspace, stream);
   if (p.head_dim == 128) return launch<typename Choice<T, 128>::Shape>(p, out, lse, workspace, stream);
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-size_t forward_workspace_bytes(const Problem& p) { return Plan::bytes(p.queries, p.samples, 64); }
+size_t forward_workspace_bytes(const Problem& p) { return Plan::bytes(p.queries, p.chunks, 64); }
 
 cudaError_t forward(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
   if (p.queries == 0) return cudaSuccess;

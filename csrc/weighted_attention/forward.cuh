@@ -4,6 +4,8 @@
 // fall into it), and within a warpgroup P V of a key tile runs under the softmax of the next.
 #pragma once
 
+#include <limits.h>
+
 #include "pipeline.cuh"
 #include "plan.cuh"
 
@@ -13,18 +15,21 @@ namespace weighted_attention {
 struct ForwardParameters {
   Plan plan;
   const float* log_weight;
-  int64_t weight_stride_key, weight_stride_head;
+  int64_t weight_stride_chunk, weight_stride_key, weight_stride_head;
   void* out;
   float* lse;
   int heads, group;  // group: query heads per key head
   float scale;
+  bool causal;
 };
 
-// One tile of queries of one head, with the keys of its sample.
-struct ForwardWork {
-  int query, queries;  // first token; tokens from there to the end of the sample
-  int head;
-  int key, keys;       // first token of the sample's keys; their number, -1: there is no more work
+// One tile of queries of one head, with the keys that its chunk sees.
+struct alignas(16) ForwardWork {
+  int query, queries;  // first token; tokens from there to the end of the chunk
+  int row;             // of the first token within the chunk
+  int chunk, head;
+  int key, keys;       // first token of the sample's keys; how many the chunk sees
+  int key_tiles;       // how many tiles of them to walk; -1: there is no more work
 };
 
 // Tiles on their way from the warp that fetches them to all others, so that none waits for device memory between tiles.
@@ -72,9 +77,9 @@ struct ForwardShape {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   struct Shared {
-    alignas(1024) T q[kQueries * kHeadDim];
-    alignas(1024) T k[kStages][kKeys * kHeadDim];
-    alignas(1024) T v[kStages][kKeys * kHeadDim];
+    alignas(1024) T q[kQueries * padded_columns(kHeadDim)];
+    alignas(1024) T k[kStages][kKeys * padded_columns(kHeadDim)];
+    alignas(1024) T v[kStages][kKeys * padded_columns(kHeadDim)];
     alignas(16) float bias[kStages][kKeys];
     Ring<kStages> ring_k, ring_v;
     Barrier q_landed, q_free;
@@ -137,12 +142,13 @@ __device__ __forceinline__ void forward_schedule(typename Shape::Shared& shared,
   Cursor<Schedule::kStages> at;
   const int tiles = *p.plan.total * p.heads;
   for (int linear = blockIdx.x; linear < tiles; linear = gridDim.x + atomicAdd(p.plan.next, 1)) {
-    const Tile tile = find_tile(p.plan, linear, p.heads, Shape::kQueries);
-    shared.schedule.put(at, {tile.begin + tile.row, tile.length - tile.row, tile.head, tile.other_begin,
-                             tile.other_length});
+    const Tile tile = find_tile(p.plan, linear, p.heads, Shape::kQueries, p.causal);
+    const int seen = p.causal ? min(tile.other_length, tile.row + Shape::kQueries) : tile.other_length;
+    shared.schedule.put(at, {tile.begin + tile.row, tile.length - tile.row, tile.row, tile.owner, tile.head,
+                             tile.other_begin, tile.other_length, (seen + Shape::kKeys - 1) / Shape::kKeys});
     at.advance();
   }
-  shared.schedule.put(at, {0, 0, 0, 0, -1});
+  shared.schedule.put(at, {0, 0, 0, 0, 0, 0, 0, -1});
 }
 
 template <class Shape>
@@ -150,29 +156,30 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
                                                 const CUtensorMap* map_q, const CUtensorMap* map_k,
                                                 const CUtensorMap* map_v) {
   using T = typename Shape::T;
-  constexpr int kTileBytes = Shape::kKeys * Shape::kHeadDim * sizeof(T);
+  constexpr int kTileBytes = tile_bytes<T, Shape::kKeys, Shape::kHeadDim>();
   Cursor<Shape::kStages> at;
   Cursor<Schedule::kStages> next;
   uint32_t q_phase = 0;
   for (;;) {
     const ForwardWork work = shared.schedule.template get<false>(next);
-    if (work.keys < 0) return;
+    if (work.key_tiles < 0) return;
     const int head_kv = work.head / p.group;
-    for (int key = 0; key < work.keys; key += Shape::kKeys) {
+    for (int n = 0; n < work.key_tiles; ++n) {
+      const int key = work.key + n * Shape::kKeys;
       shared.ring_k.wait_free(at);
       barrier_expect(&shared.ring_k.landed[at.stage], kTileBytes);
       load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.k[at.stage], map_k, &shared.ring_k.landed[at.stage], head_kv,
-                                                  work.key + key);
-      if (key == 0) {
+                                                  key);
+      if (n == 0) {
         barrier_wait(&shared.q_free, q_phase ^ 1);
-        barrier_expect(&shared.q_landed, Shape::kQueries * Shape::kHeadDim * sizeof(T));
+        barrier_expect(&shared.q_landed, tile_bytes<T, Shape::kQueries, Shape::kHeadDim>());
         load_tile<T, Shape::kQueries, Shape::kHeadDim>(shared.q, map_q, &shared.q_landed, work.head, work.query);
         q_phase ^= 1;
       }
       shared.ring_v.wait_free(at);
       barrier_expect(&shared.ring_v.landed[at.stage], kTileBytes);
       load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.v[at.stage], map_v, &shared.ring_v.landed[at.stage], head_kv,
-                                                  work.key + key);
+                                                  key);
       at.advance();
     }
   }
@@ -184,11 +191,14 @@ __device__ __forceinline__ void forward_weigh(typename Shape::Shared& shared, co
   Cursor<Schedule::kStages> next;
   for (;;) {
     const ForwardWork work = shared.schedule.template get<true>(next);
-    if (work.keys < 0) return;
-    const float* weights = p.log_weight + work.key * p.weight_stride_key + work.head * p.weight_stride_head;
+    if (work.key_tiles < 0) return;
+    const float* weights = p.log_weight == nullptr
+                               ? nullptr
+                               : p.log_weight + work.chunk * p.weight_stride_chunk + work.key * p.weight_stride_key +
+                                     work.head * p.weight_stride_head;
     prepare_sample<typename Shape::T, Shape::kKeys, Shape::kHeadDim>(
-        weights, p.weight_stride_key, work.keys, 1.f / p.scale, shared.bias, shared.ring_k, shared.ring_v, shared.k,
-        shared.v, at);
+        weights, p.weight_stride_key, work.key_tiles, work.keys, 1.f / p.scale, shared.bias, shared.ring_k,
+        shared.ring_v, shared.k, shared.v, at);
   }
 }
 
@@ -207,8 +217,15 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
 
   for (;;) {
     const ForwardWork work = shared.schedule.template get<true>(next);
-    if (work.keys < 0) break;
-    const int key_tiles = (work.keys + kKeys - 1) / kKeys;
+    if (work.key_tiles < 0) break;
+    // Under a causal mask a warpgroup needs fewer tiles than its block walks, and masks the last of them.
+    const int row = work.row + consumer * 64;
+    const int key_tiles = p.causal ? min(work.key_tiles, (row + 64 + kKeys - 1) / kKeys) : work.key_tiles;
+    const int first_masked = p.causal ? (row + 1) / kKeys : INT_MAX;
+    const auto mask = [&](int n) {
+      const int last = row + fragment_row() - n * kKeys;
+      if (n >= first_masked) mask_after<kKeys>(scores, last, last + 8);
+    };
     Softmax softmax;
     float rescale[2];
 
@@ -227,6 +244,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       wgmma_wait<0>();
       pin(scores);
       shared.ring_k.release(at);
+      mask(0);
       softmax.step<kKeys>(scores, factor, rescale);
       pack_fragments<T, kKeys>(weights, scores);
 
@@ -245,6 +263,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
         wgmma_wait<1>();
         pin(scores);
         shared.ring_k.release(at);
+        mask(n);
         const bool moved = softmax.step<kKeys>(scores, factor, rescale);
         wgmma_wait<0>();
         pin(out), pin(weights);
@@ -265,16 +284,23 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       pin(out);
       shared.ring_v.release(at);
       at.advance();
+      for (int n = key_tiles; n < work.key_tiles; ++n) {
+        shared.ring_k.wait_ready(at);
+        shared.ring_k.release(at);
+        shared.ring_v.wait_ready(at);
+        shared.ring_v.release(at);
+        at.advance();
+      }
     }
 
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
-    const int row = consumer * 64 + fragment_row();
+    const int place_row = consumer * 64 + fragment_row();
     T* address[2];
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool exists = row + 8 * i < work.queries;
-      const int64_t place = int64_t(work.query + row + 8 * i) * p.heads + work.head;
+      const bool exists = place_row + 8 * i < work.queries;
+      const int64_t place = int64_t(work.query + place_row + 8 * i) * p.heads + work.head;
       inverse[i] = sum[i] == 0.f ? 0.f : 1.f / sum[i];
       address[i] = exists ? static_cast<T*>(p.out) + place * kHeadDim : nullptr;
       if (exists && threadIdx.x % 4 == 0) {

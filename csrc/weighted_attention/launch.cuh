@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "api.h"
+#include "plan.cuh"
 
 #define TA_RETURN_IF_ERROR(expression)                     \
   do {                                                     \
@@ -36,6 +37,10 @@ inline cudaError_t make_map(CUtensorMap* map, Type type, const Rows& rows, int t
       const_cast<void*>(rows.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline Sequences sequences_of(const Problem& p) {
+  return {p.cu_seqlens_q, p.cu_seqlens_k, p.cu_chunks, p.k_visible, p.chunks, p.samples};
 }
 
 inline cudaError_t multiprocessors(int* count) {

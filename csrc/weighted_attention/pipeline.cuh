@@ -39,81 +39,87 @@ struct Ring {
 template <typename T, int kRows, int kHeadDim>
 __device__ __forceinline__ void load_tile(T* tile, const CUtensorMap* map, Barrier* barrier, int head, int token) {
 #pragma unroll
-  for (int panel = 0; panel < kHeadDim / kPanel; ++panel) {
+  for (int panel = 0; panel < padded_columns(kHeadDim) / kPanel; ++panel) {
     tma_load(tile + panel * kRows * kPanel, map, barrier, panel * kPanel, head, token);
   }
 }
 
-// One tile's log weights in the lanes of the weight warp: what the scores' accumulators start from, w / scale.
-template <int kKeys>
-struct KeyWeights {
-  static constexpr int kPerLane = (kKeys + 31) / 32;
-  float bias[kPerLane];
-  int present;  // keys of the tile that belong to the sample
+// What load_tile announces to the barrier.
+template <typename T, int kRows, int kHeadDim>
+__host__ __device__ constexpr int tile_bytes() {
+  return kRows * padded_columns(kHeadDim) * int(sizeof(T));
+}
 
-  __device__ __forceinline__ void load(const float* log_weight, int64_t stride, int keys, float inverse_scale) {
-    present = min(keys, kKeys);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int row = threadIdx.x % 32 + 32 * i;
-      bias[i] = row < present ? log_weight[row * stride] * inverse_scale : minus_infinity();
+// Walks the log weights of a sample's keys, 32 at a time, in the lanes of the weight warp.
+struct WeightReader {
+  const float* weight;  // of this lane's next key; null: all 0
+  int64_t step;         // elements to the key 32 further
+  int keys;             // from this lane's next key on
+
+  __device__ __forceinline__ WeightReader(const float* log_weight, int64_t stride, int keys_)
+      : weight(log_weight == nullptr ? nullptr : log_weight + threadIdx.x % 32 * stride),
+        step(32 * stride),
+        keys(keys_ - threadIdx.x % 32) {}
+
+  // What the scores' accumulators start from: w / scale.
+  __device__ __forceinline__ float next_bias(float inverse_scale) {
+    float bias = keys > 0 ? 0.f : minus_infinity();
+    if (weight != nullptr) {
+      if (keys > 0) bias = *weight * inverse_scale;
+      weight += step;
     }
+    keys -= 32;
+    return bias;
   }
 };
 
-// The weight warp's part for one tile: hands out its biases, and zeroes the rows of absent keys (0 * NaN is NaN).
-template <typename T, int kKeys, int kHeadDim, int kStages>
-__device__ __forceinline__ void prepare_keys(const KeyWeights<kKeys>& weights, float* bias, Ring<kStages>& ring_k,
-                                             Ring<kStages>& ring_v, const T* tile_k, const T* tile_v,
-                                             Cursor<kStages> at) {
-  constexpr int kPerLane = KeyWeights<kKeys>::kPerLane;
-  const int lane = threadIdx.x % 32;
-  bool absent = false;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) absent |= lane + 32 * i < kKeys && weights.bias[i] == minus_infinity();
-  const bool any_absent = __any_sync(0xffffffffu, absent);
-
-  const auto zero_absent = [&](const T* tile) {
-    const uint32_t address = shared_address(tile);
-    zero_rows<kKeys, kHeadDim>(address, weights.present, kKeys, lane, 32);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      uint32_t rest =
-          __ballot_sync(0xffffffffu, lane + 32 * i < weights.present && weights.bias[i] == minus_infinity());
-      for (; rest != 0; rest &= rest - 1) {
-        const int row = 32 * i + __ffs(rest) - 1;
-        zero_rows<kKeys, kHeadDim>(address, row, row + 1, lane, 32);
-      }
+// Writes zeros over the rows of absent keys: 0 * NaN is NaN. Called by a whole warp.
+template <typename T, int kKeys, int kHeadDim>
+__device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
+  constexpr int kChunks = padded_columns(kHeadDim) / 8;  // of 16 bytes, a row
+#pragma unroll 1
+  for (int block = 0; block < kKeys; block += 32) {
+    const uint32_t absent = __ballot_sync(0xffffffffu, bias[block + threadIdx.x % 32] == minus_infinity());
+    if (absent == 0) continue;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < 32 * kChunks; i += 32) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      if (absent >> row & 1) zero_chunk<kKeys>(shared_address(tile), block + row, chunk);
     }
-    fence_proxy_async();
-  };
-
-  ring_k.wait_landed(at);  // so the biases of the tile before in this stage have been read, too
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (lane + 32 * i < kKeys) bias[lane + 32 * i] = weights.bias[i];
   }
-  if (any_absent) zero_absent(tile_k);
-  warp_arrive(&ring_k.ready[at.stage]);
-  ring_v.wait_landed(at);
-  if (any_absent) zero_absent(tile_v);
-  warp_arrive(&ring_v.ready[at.stage]);
+  fence_proxy_async();
 }
 
-// The weight warp's walk over the keys of one sample; the weights of a tile are fetched while those before wait.
+// The weight warp's walk over the first `tiles` tiles of a sample's keys, of which `keys` are seen: it hands out their
+// biases and zeroes the rows of absent keys. The weights of a tile are fetched while those before wait.
 template <typename T, int kKeys, int kHeadDim, int kStages>
-__device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t stride, int keys, float inverse_scale,
-                                               float (&bias)[kStages][kKeys], Ring<kStages>& ring_k,
-                                               Ring<kStages>& ring_v, const T (&k)[kStages][kKeys * kHeadDim],
-                                               const T (&v)[kStages][kKeys * kHeadDim], Cursor<kStages>& at) {
-  KeyWeights<kKeys> weights, next;
-  next.load(log_weight, stride, keys, inverse_scale);
-  for (int key = 0; key < keys; key += kKeys) {
-    weights = next;
-    if (key + kKeys < keys) {
-      next.load(log_weight + (key + kKeys) * stride, stride, keys - key - kKeys, inverse_scale);
+__device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t stride, int tiles, int keys,
+                                               float inverse_scale, float (&bias)[kStages][kKeys],
+                                               Ring<kStages>& ring_k, Ring<kStages>& ring_v,
+                                               const T (&k)[kStages][kKeys * padded_columns(kHeadDim)],
+                                               const T (&v)[kStages][kKeys * padded_columns(kHeadDim)],
+                                               Cursor<kStages>& at) {
+  constexpr int kPerLane = kKeys / 32;
+  static_assert(kKeys % 32 == 0);
+  WeightReader reader(log_weight, stride, keys);
+  float next[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) next[i] = reader.next_bias(inverse_scale);
+  for (int n = 0; n < tiles; ++n) {
+    ring_k.wait_landed(at);  // so the biases of the tile before in this stage have been read, too
+    bool absent = false;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      bias[at.stage][threadIdx.x % 32 + 32 * i] = next[i];
+      absent |= next[i] == minus_infinity();
+      next[i] = reader.next_bias(inverse_scale);
     }
-    prepare_keys<T, kKeys, kHeadDim>(weights, bias[at.stage], ring_k, ring_v, k[at.stage], v[at.stage], at);
+    const bool any_absent = __any_sync(0xffffffffu, absent);
+    if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], k[at.stage]);
+    warp_arrive(&ring_k.ready[at.stage]);
+    ring_v.wait_landed(at);
+    if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], v[at.stage]);
+    warp_arrive(&ring_v.ready[at.stage]);
     at.advance();
   }
 }

@@ -1,60 +1,88 @@
-// The tile list: which rows of which sample each block works on, most expensive samples first.
+// The tile list: which rows of which chunk or sample each block works on, most expensive ones first.
 //
-// Tiles never cross samples. Sample b owns the consecutive tiles first[b] .. first[b] + count - 1 for one head; over
-// all heads the list is walked sample by sample, head by head, so that tiles sharing keys run together and find them in
-// L2.
+// Tiles never cross chunks of queries or samples of keys. Each of these owns the consecutive tiles
+// first .. first + count - 1 for one head; over all heads the list is walked owner by owner, head by head, so that tiles
+// sharing keys run together and find them in L2.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace weighted_attention {
 
+// Who sees what: chunk c of queries sees the first keys of its sample (api.h).
+struct Sequences {
+  const int* cu_seqlens_q;  // (chunks + 1,)
+  const int* cu_seqlens_k;  // (samples + 1,)
+  const int* cu_chunks;     // (samples + 1,) or null
+  const int* k_visible;     // (chunks,) or null
+  int chunks, samples;
+
+  __device__ __forceinline__ int first_chunk(int sample) const {
+    return cu_chunks == nullptr ? sample : cu_chunks[sample];
+  }
+
+  __device__ __forceinline__ int sample_of(int chunk) const {
+    if (cu_chunks == nullptr) return chunk;
+    int low = 0, high = samples;  // cu_chunks[low] <= chunk < cu_chunks[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (cu_chunks[middle] <= chunk ? low : high) = middle;
+    }
+    return low;
+  }
+
+  // Keys that the chunk sees, of `keys` in its sample.
+  __device__ __forceinline__ int visible(int chunk, int keys) const {
+    return k_visible == nullptr ? keys : max(0, min(keys, k_visible[chunk]));
+  }
+};
+
 struct alignas(16) TileEntry {
-  int sample;
-  int first;        // the sample's first tile
-  int count;        // the sample's number of tiles
-  int begin;        // the sample's first row
-  int length;       // the sample's number of rows
-  int other_begin;  // the same of the other side: keys for tiles of queries, queries for tiles of keys
-  int other_length;
-  int unused;
+  int owner;        // the chunk, for tiles of queries; the sample, for tiles of keys
+  int first;        // the owner's first tile
+  int count;        // the owner's number of tiles
+  int begin;        // the owner's first row
+  int length;       // the owner's number of rows
+  int other_begin;  // tiles of queries: the sample's first key; tiles of keys: the sample's first chunk
+  int other_length; // the number of keys that the chunk sees; of the sample's chunks
+  int cost;         // rows on the other side
 };
 
 struct Plan {
   int* total;          // number of tiles of one head
   int* next;           // place that the next idle block takes, in launches that share out tiles as they go
-  int* first;          // (samples,)
+  int* first;          // (owners,)
   TileEntry* entries;  // (total,)
 
-  static __host__ __device__ int max_tiles(int tokens, int samples, int tile) { return tokens / tile + samples; }
+  static __host__ __device__ int max_tiles(int tokens, int owners, int tile) { return tokens / tile + owners; }
 
-  static size_t bytes(int tokens, int samples, int tile) {
-    return 16 + (size_t(samples) * 4 + 15) / 16 * 16 + size_t(max_tiles(tokens, samples, tile)) * sizeof(TileEntry);
+  static size_t bytes(int tokens, int owners, int tile) {
+    return 16 + (size_t(owners) * 4 + 15) / 16 * 16 + size_t(max_tiles(tokens, owners, tile)) * sizeof(TileEntry);
   }
 
-  static Plan at(void* memory, int samples) {
+  static Plan at(void* memory, int owners) {
     char* base = static_cast<char*>(memory);
     return {reinterpret_cast<int*>(base), reinterpret_cast<int*>(base + 4), reinterpret_cast<int*>(base + 16),
-            reinterpret_cast<TileEntry*>(base + 16 + (size_t(samples) * 4 + 15) / 16 * 16)};
+            reinterpret_cast<TileEntry*>(base + 16 + (size_t(owners) * 4 + 15) / 16 * 16)};
   }
 };
 
 struct Tile {
-  int sample, head, index;
-  int row;                          // first of the tile's rows, within the sample
-  int begin, length;                // of the sample
-  int other_begin, other_length;    // likewise, on the other side
+  int owner, head;
+  int row;                          // first of the tile's rows, within its owner
+  int begin, length;                // of the owner
+  int other_begin, other_length;    // see TileEntry
 };
 
-// The tile at place `linear` of the walk over all heads.
-__device__ __forceinline__ Tile find_tile(const Plan& plan, int linear, int heads, int rows) {
+// The tile at place `linear` of the walk over all heads; `reverse`: an owner's last tile first.
+__device__ __forceinline__ Tile find_tile(const Plan& plan, int linear, int heads, int rows, bool reverse = false) {
   const TileEntry entry = plan.entries[linear / heads];
   const int local = linear - entry.first * heads;
   Tile tile;
-  tile.sample = entry.sample;
+  tile.owner = entry.owner;
   tile.head = local / entry.count;
-  tile.index = local - tile.head * entry.count;
-  tile.row = tile.index * rows;
+  const int index = local - tile.head * entry.count;
+  tile.row = (reverse ? entry.count - 1 - index : index) * rows;
   tile.begin = entry.begin, tile.length = entry.length;
   tile.other_begin = entry.other_begin, tile.other_length = entry.other_length;
   return tile;
@@ -68,24 +96,40 @@ __device__ __forceinline__ int cost_class(int cost) {
   return kCostClasses - 1 - (exponent * 4 + mantissa);
 }
 
+// The entry of owner b, its tiles not yet placed.
+__device__ __forceinline__ TileEntry chunk_of_queries(const Sequences& s, int b, int rows) {
+  const int begin = s.cu_seqlens_q[b], length = s.cu_seqlens_q[b + 1] - begin;
+  const int sample = s.sample_of(b), key = s.cu_seqlens_k[sample];
+  const int keys = s.visible(b, s.cu_seqlens_k[sample + 1] - key);
+  return {b, 0, (length + rows - 1) / rows, begin, length, key, keys, keys};
+}
+
+__device__ __forceinline__ TileEntry sample_of_keys(const Sequences& s, int b, int rows) {
+  const int begin = s.cu_seqlens_k[b], length = s.cu_seqlens_k[b + 1] - begin;
+  const int chunk = s.first_chunk(b), end = s.first_chunk(b + 1);
+  const int queries = s.cu_seqlens_q[end] - s.cu_seqlens_q[chunk];
+  return {b, 0, (length + rows - 1) / rows, begin, length, chunk, end - chunk, queries};
+}
+
 constexpr int kPlanThreads = 1024;
 
-// Block 0 plans tiles of `rows` of `cu_seqlens`, whose cost is the other side's length; block 1 the other way round.
-// The place of a sample among equally expensive ones may differ between runs; no result depends on it.
-static __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const int* cu_first, int rows_first, Plan plan_first,
-                                                            const int* cu_second, int rows_second, Plan plan_second,
-                                                            int samples) {
-  const int* cu = blockIdx.x == 0 ? cu_first : cu_second;
-  const int* cu_other = blockIdx.x == 0 ? cu_second : cu_first;
-  const int rows = blockIdx.x == 0 ? rows_first : rows_second;
-  const Plan plan = blockIdx.x == 0 ? plan_first : plan_second;
+// Block 0 plans tiles of queries, block 1 tiles of keys. The place of an owner among equally expensive ones may differ
+// between runs; no result depends on it.
+static __global__ void __launch_bounds__(kPlanThreads)
+    plan_kernel(const Sequences sequences, int rows_q, Plan plan_q, int rows_k, Plan plan_k) {
+  const bool of_queries = blockIdx.x == 0;
+  const int owners = of_queries ? sequences.chunks : sequences.samples;
+  const Plan plan = of_queries ? plan_q : plan_k;
+  const auto entry_of = [&](int b) {
+    return of_queries ? chunk_of_queries(sequences, b, rows_q) : sample_of_keys(sequences, b, rows_k);
+  };
 
   __shared__ int place[kCostClasses];
   for (int c = threadIdx.x; c < kCostClasses; c += kPlanThreads) place[c] = 0;
   __syncthreads();
-  for (int b = threadIdx.x; b < samples; b += kPlanThreads) {
-    const int tiles = (cu[b + 1] - cu[b] + rows - 1) / rows;
-    atomicAdd(&place[cost_class(cu_other[b + 1] - cu_other[b])], tiles);
+  for (int b = threadIdx.x; b < owners; b += kPlanThreads) {
+    const TileEntry entry = entry_of(b);
+    atomicAdd(&place[cost_class(entry.cost)], entry.count);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -100,16 +144,14 @@ static __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const int* cu
   }
   __syncthreads();
   const int lane = threadIdx.x % 32;
-  for (int b = threadIdx.x / 32; b < samples; b += kPlanThreads / 32) {
-    const int tiles = (cu[b + 1] - cu[b] + rows - 1) / rows;
-    int first = 0;
+  for (int b = threadIdx.x / 32; b < owners; b += kPlanThreads / 32) {
+    TileEntry entry = entry_of(b);
     if (lane == 0) {
-      first = atomicAdd(&place[cost_class(cu_other[b + 1] - cu_other[b])], tiles);
-      plan.first[b] = first;
+      entry.first = atomicAdd(&place[cost_class(entry.cost)], entry.count);
+      plan.first[b] = entry.first;
     }
-    first = __shfl_sync(0xffffffffu, first, 0);
-    const TileEntry entry{b, first, tiles, cu[b], cu[b + 1] - cu[b], cu_other[b], cu_other[b + 1] - cu_other[b], 0};
-    for (int t = lane; t < tiles; t += 32) plan.entries[first + t] = entry;
+    entry.first = __shfl_sync(0xffffffffu, entry.first, 0);
+    for (int t = lane; t < entry.count; t += 32) plan.entries[entry.first + t] = entry;
   }
 }
 

@@ -42,6 +42,39 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[N / 2], const uint
   }
 }
 
+// Tiles are stored in whole panels: columns of head_dim, rounded up. What lies beyond head_dim is 0 (the copy engine
+// fills it) and no product reads it, except where two warpgroups share one by panels.
+__host__ __device__ constexpr int padded_columns(int head_dim) { return (head_dim + kPanel - 1) / kPanel * kPanel; }
+
+// Hides the keys after `last` in a score fragment (64 queries x N keys) whose first column is key 0: a causal mask, with
+// one `last` for each of the lane's rows.
+template <int N>
+__device__ __forceinline__ void mask_after(float (&scores)[N / 2], int last_upper, int last_lower) {
+  const int upper = last_upper - fragment_column(), lower = last_lower - fragment_column();
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (8 * j + i > upper) scores[4 * j + i] = minus_infinity();
+      if (8 * j + i > lower) scores[4 * j + 2 + i] = minus_infinity();
+    }
+  }
+}
+
+// The same for a transposed fragment (64 keys x N queries): hides the queries before `first`.
+template <int N>
+__device__ __forceinline__ void mask_before(float (&scores)[N / 2], int first_upper, int first_lower) {
+  const int upper = first_upper - fragment_column(), lower = first_lower - fragment_column();
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (8 * j + i < upper) scores[4 * j + i] = minus_infinity();
+      if (8 * j + i < lower) scores[4 * j + 2 + i] = minus_infinity();
+    }
+  }
+}
+
 // The same value, in every lane; hidden from the optimiser, so that what is computed from it is computed where it is
 // used and not kept in registers around a loop. Being uniform, it goes to the uniform registers that descriptors need.
 __device__ __forceinline__ uint32_t recomputed(uint32_t value) {
@@ -56,14 +89,19 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[N / 4], const 
   for (int i = 0; i < N / 4; ++i) packed[i] = pack<T>(d[2 * i], d[2 * i + 1]);
 }
 
+// Writes zeros over 16 bytes of a row of a tile of kRows.
+template <int kRows>
+__device__ __forceinline__ void zero_chunk(uint32_t tile, int row, int chunk) {
+  const uint32_t address = tile + (chunk / 8 * kRows + row) * kPanelBytes + chunk % 8 * 16;
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
 // Writes zeros over rows [begin, end) of a tile of kRows x kColumns.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void zero_rows(uint32_t tile, int begin, int end, int thread, int threads) {
   constexpr int kChunks = kColumns / 8;  // of 16 bytes, a row
   for (int i = begin * kChunks + thread; i < end * kChunks; i += threads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const uint32_t address = tile + (chunk / 8 * kRows + row) * kPanelBytes + chunk % 8 * 16;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+    zero_chunk<kRows>(tile, i / kChunks, i % kChunks);
   }
 }
 
@@ -81,12 +119,13 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
 }
 
 // Stores a fragment (64 x N) times a factor per row: `upper` and `lower` point to column 0 of the lane's two rows, or
-// are null where nothing is to be stored.
+// are null where nothing is to be stored; columns from `columns` on are left out.
 template <typename T, int N>
 __device__ __forceinline__ void store_fragment(const float (&d)[N / 2], float scale_upper, float scale_lower, T* upper,
-                                               T* lower) {
+                                               T* lower, int columns = N) {
 #pragma unroll
   for (int group = 0; group < N / 32; ++group) {
+    if (group * 32 >= columns) break;
     uint32_t r[4], s[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ta_plugin.attention.causal_parts import ContractParts, KernelParts, Part, Rows, parts_for
 from ta_plugin.attention.chunk_cost import choose_chunk
-from ta_plugin.attention.chunks import CausalChunks, Group
-from ta_plugin.attention.merge import merge
+from ta_plugin.attention.chunks import CausalChunks
 from ta_plugin.attention.prefix import Decay, PrefixCounts, PrefixDecay
-from ta_plugin.attention.weighted import weighted_attention
 from ta_plugin.ops.connect import connect
 from ta_plugin.unique_space import UniqueSpace
 
@@ -94,7 +93,7 @@ def causal_attention(
     if decay is not None and times is None:
         times = space.positions()
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    out, lse = _Causal.apply(q, k, v, decay, _Call(chunks, times, scale, backend))
+    out, lse = _Causal.apply(q, k, v, decay, _Call(chunks, times, parts_for(q, v, scale, backend)))
     return (out, lse) if return_lse else out
 
 
@@ -115,76 +114,25 @@ class _Call:
 
     chunks: CausalChunks
     times: Tensor | None
-    scale: float
-    backend: str | None
+    parts: ContractParts | KernelParts
 
-
-@dataclass(frozen=True)
-class _Part:
-    """One group's inputs: what the prefix weights and the biases within the chunks are.
-
-    weights:    (chunks, rows) or (chunks, rows, H), None without anything before; derivative: of them by the decay, where asked
-    bias, ages: (queries, H) and (queries,), None without decay
-    """
-
-    group: Group
-    weights: Tensor | None
-    derivative: Tensor | None
-    bias: Tensor | None
-    ages: Tensor | None
-
-
-def _parts(q: Tensor, k: Tensor, decay: Tensor | None, call: _Call, with_derivative: bool) -> Iterator[_Part]:
-    """Groups of chunks in order, with their weights: at most as many bytes as the keys, forward and again in backward."""
-    wide = _wide(q)
-    state: PrefixCounts | PrefixDecay
-    if decay is None:
-        state = PrefixCounts(call.chunks, wide)
-    else:
-        assert call.times is not None
-        state = PrefixDecay(call.chunks, wide, Decay(decay, call.times), with_derivative)
-    per_cell = state.cell_tensors * wide.itemsize * (1 if decay is None else q.shape[1])
-    for group in call.chunks.groups(k.numel() * k.element_size() // per_cell):
-        if isinstance(state, PrefixCounts):
-            weights, derivative, bias, ages = state.weights(group), None, None, None
+    def groups(self, q: Tensor, k: Tensor, decay: Tensor | None, with_derivative: bool) -> Iterator[Part]:
+        """Groups of chunks in order, with their weights: at most as many bytes as the keys, forward and again in backward."""
+        wide = _wide(q)
+        state: PrefixCounts | PrefixDecay
+        if decay is None:
+            state = PrefixCounts(self.chunks, wide)
         else:
-            weights, derivative = state.weights(group)
-            bias, ages = state.bias(group), state.ages(group)
-        yield _Part(group, weights if group.prefixed else None, derivative, bias, ages)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, rows: tuple[Tensor, Tensor] | None, part: _Part, call: _Call):  # type: ignore[no-untyped-def]
-    """One group: q, keys and values at its positions, and the rows k, v that lie before -> out, lse without the queries' own terms."""
-    chunks, group = call.chunks, part.group
-    cu_q, cu_k, cu_chunks = chunks.bounds_of(group)
-    inside = weighted_attention(
-        q,
-        keys,
-        values,
-        part.bias,
-        cu_chunks,
-        cu_chunks,
-        scale=call.scale,
-        causal=True,
-        return_lse=True,
-        backend=call.backend,
-    )
-    if rows is None:
-        return inside
-    before = weighted_attention(
-        q,
-        rows[0],
-        rows[1],
-        part.weights,
-        cu_q,
-        cu_k,
-        scale=call.scale,
-        q_chunk=chunks.chunk_of(group),
-        k_visible=chunks.visible[group.first : group.last],
-        return_lse=True,
-        backend=call.backend,
-    )
-    return merge(torch.stack([before[0], inside[0]]), torch.stack([before[1], inside[1]]))
+            assert self.times is not None
+            state = PrefixDecay(self.chunks, wide, Decay(decay, self.times), with_derivative)
+        per_cell = state.cell_tensors * wide.itemsize * (1 if decay is None else q.shape[1])
+        for group in self.chunks.groups(k.numel() * k.element_size() // per_cell):
+            if isinstance(state, PrefixCounts):
+                weights, derivative, bias, ages = state.weights(group), None, None, None
+            else:
+                weights, derivative = state.weights(group)
+                bias, ages = state.bias(group), state.ages(group)
+            yield Part(self.chunks, group, weights if group.prefixed else None, derivative, bias, ages)
 
 
 class _Causal(torch.autograd.Function):
@@ -192,16 +140,14 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
         out = v.new_empty(*q.shape[:2], v.shape[2])
         lse = torch.empty(q.shape[:2], dtype=_wide(q), device=q.device)
-        for part in _parts(q, k, decay, call, False):
-            group = part.group
-            at = call.chunks.space.inverse[group.queries]
-            rows = None if part.weights is None else (k[group.rows], v[group.rows])
-            got, got_lse = _attend(q[group.queries], k[at], v[at], rows, part, call)
-            out[group.queries] = got
-            lse[group.queries] = got_lse if part.bias is None else got_lse - part.bias
+        for part in call.groups(q, k, decay, False):
+            at = part.group.queries
+            got, got_lse = call.parts.forward(Rows.of(part, q, k, v), part)
+            out[at] = got
+            lse[at] = got_lse if part.bias is None else got_lse - part.bias
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, decay)
+        ctx.save_for_backward(q, k, v, decay, *((out, lse) if call.parts.reads_results else ()))
         return out, lse
 
     @staticmethod
@@ -209,50 +155,28 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return None, None, None, None, None
-        q, k, v, decay = ctx.saved_tensors
+        q, k, v, decay, *results = ctx.saved_tensors
         call: _Call = ctx.call
         learned = decay is not None and ctx.needs_input_grad[3]
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (k, v))
         ddecay = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device) if learned else None
-        for part in _parts(q, k, decay, call, learned):
+        for part in call.groups(q, k, decay, learned):
             group = part.group
-            at = call.chunks.space.inverse[group.queries]
-            inputs = [x.detach().requires_grad_() for x in (q[group.queries], k[at], v[at])]
-            rows = None
-            if part.weights is not None:
-                inputs += [x[group.rows].detach().requires_grad_() for x in (k, v)]
-                rows = (inputs[3], inputs[4])
-            if ddecay is not None:
-                assert part.bias is not None
-                inputs.append(part.bias.requires_grad_())
-                if part.weights is not None:
-                    inputs.append(part.weights.requires_grad_())
-            with torch.enable_grad():
-                got, got_lse = _attend(inputs[0], inputs[1], inputs[2], rows, part, call)
-            outputs = [(got, dout), (got_lse, dlse)]
-            grads = torch.autograd.grad(
-                [x for x, g in outputs if g is not None],
-                inputs,
-                [g[group.queries] for _, g in outputs if g is not None],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            dq[group.queries] = grads[0]
-            for total, inside in ((dk, grads[1]), (dv, grads[2])):
+            outer = [None if x is None else x[group.queries] for x in (dout, dlse, *results)]
+            grads = call.parts.backward(outer, Rows.of(part, q, k, v), part, learned)
+            dq[group.queries] = grads.q
+            for total, inside, before in ((dk, grads.keys, grads.k), (dv, grads.values, grads.v)):
                 total[group.rows] += call.chunks.fold(inside.to(total.dtype), group)
-            if rows is not None:
-                dk[group.rows] += grads[3]
-                dv[group.rows] += grads[4]
+                if before is not None:
+                    total[group.rows] += before
             if ddecay is not None:
-                assert part.ages is not None
-                of_bias = grads[5 if rows is not None else 3]
-                if dlse is not None:
-                    of_bias = of_bias - dlse[group.queries]
+                assert part.ages is not None and grads.bias is not None
+                # a query's own term shifts its whole log-sum-exp
+                of_bias = grads.bias if outer[1] is None else grads.bias - outer[1]
                 ddecay += (of_bias * part.ages[:, None]).sum(0, dtype=torch.float64)
-                if rows is not None:
-                    assert part.derivative is not None
-                    ddecay += (grads[6] * part.derivative).sum((0, 1), dtype=torch.float64)
+                if grads.weights is not None and part.derivative is not None:
+                    ddecay += (grads.weights * part.derivative).sum((0, 1), dtype=torch.float64)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None if ddecay is None else ddecay.to(decay.dtype), None
 
 

@@ -166,6 +166,11 @@ class CausalChunks:
         rows = self.space.cu_seqlens[which].clamp(group.row_start, group.row_stop) - group.row_start
         return queries.int(), rows.int(), (self.bounds[group.first : group.last + 1] - group.start).int()
 
+    def chunks_of_samples(self, group: Group) -> Tensor:
+        """int32 bounds, within a group, of its samples' chunks."""
+        samples = torch.arange(group.samples[0], group.samples[1] + 1, device=self.samples.device)
+        return torch.searchsorted(self.samples[group.first : group.last], samples, out_int32=True)
+
     def pairs_of(self, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A group's pairs: chunk and row, counted from the group's first, and their counts; and all occurrences -> pairs."""
         which = slice(*group.pairs)
@@ -177,7 +182,9 @@ class CausalChunks:
         _, row, _, offsets = self.pairs_of(group)
         order = self.pair_order[group.queries] - group.start
         by_pair = segment_sum(values, Segments(order, order, offsets))
-        return segment_sum(by_pair, Segments.from_index(row, group.row_stop - group.row_start))
+        by_row, order = row.sort(stable=True)
+        bounds = torch.arange(group.row_stop - group.row_start + 1, device=row.device)
+        return segment_sum(by_pair, Segments(row, order, torch.searchsorted(by_row, bounds)))
 
 
 def cut(cu_occurrences: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from ta_plugin.megatron.layer_specs import get_mixed_block_spec, get_tokenized_l
 from ta_plugin.megatron.loss import count_labels, loss_function
 from ta_plugin.megatron.model import TokenizedModel
 from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, plan_microbatch
+from ta_plugin.megatron.token_keyed import get_token_keyed_block_spec, get_token_keyed_layer_spec, plan_causal
 
 __all__ = [
     "RowLayout",
@@ -17,8 +18,11 @@ __all__ = [
     "count_labels",
     "create_ssp_groups",
     "get_mixed_block_spec",
+    "get_token_keyed_block_spec",
+    "get_token_keyed_layer_spec",
     "get_tokenized_layer_spec",
     "loss_function",
+    "plan_causal",
     "plan_microbatch",
     "ssp_group",
     "tokenized_layer_spec",

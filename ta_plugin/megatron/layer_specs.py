@@ -35,7 +35,7 @@ def get_tokenized_layer_spec(
     Every refusal of `refusals.check_layer` is raised when a layer is built from the spec.
     """
     engine = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
-    stock = _stock_spec(config, engine)
+    stock = stock_spec(config, engine)
     slots = stock.submodules
     attention = ModuleSpec(
         module=TokenizedSelfAttention,
@@ -113,7 +113,7 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def _stock_spec(config: TransformerConfig | None, engine: bool) -> ModuleSpec:
+def stock_spec(config: TransformerConfig | None, engine: bool) -> ModuleSpec:
     options: dict[str, Any] = {
         "num_experts": getattr(config, "num_moe_experts", None),
         "moe_grouped_gemm": getattr(config, "moe_grouped_gemm", False),
@@ -135,7 +135,7 @@ def _stock_spec(config: TransformerConfig | None, engine: bool) -> ModuleSpec:
 
 
 def _position_spec(config: TransformerConfig, engine: bool, expands: bool, causal: bool, use_sdpa: bool) -> ModuleSpec:
-    stock = _stock_spec(config, engine)
+    stock = stock_spec(config, engine)
     mask = AttnMaskType.padding_causal if causal and engine else AttnMaskType.causal if causal else AttnMaskType.padding
     attention = stock.submodules.self_attention
     attention = _with(attention, params={**attention.params, "attn_mask_type": mask})

@@ -1,0 +1,297 @@
+"""Token-keyed layers for Megatron: causal at any depth, global, and exact in unique space (DESIGN section 5).
+
+A layer's keys and values are projections of a table of its own, one row per token; its queries come from the hidden state of each position.
+That is an architecture choice: no checkpoint with rotary attention loads into it. A mixed stack keeps stock layers, rotary
+and best with a sliding window, between them. Every stage of a pipeline makes the plan from the tokens:
+
+    plan = plan_causal(tokens, config)                                # tokens (B, L), once per microbatch
+    model = GPTModel(config, get_token_keyed_block_spec(config, vocab_size, every=4), ...)
+    model(tokens, position_ids, attention_mask, labels=labels, packed_seq_params=plan)
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention, choose_chunk
+from ta_plugin.megatron.layer_specs import final_norm, has_transformer_engine, stock_spec
+from ta_plugin.unique_space import UniqueSpace
+
+
+@dataclass
+class TokenKeyedSeqParams(PackedSeqParams):
+    """PackedSeqParams that carry the chunks of a microbatch to its token-keyed layers. Made by `plan_causal`."""
+
+    chunks: CausalChunks | None = field(default=None)
+
+
+def plan_causal(
+    tokens: Tensor,
+    config: TransformerConfig,
+    *,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int | None = None,
+) -> TokenKeyedSeqParams:
+    """What token-keyed layers need to know of a microbatch. Local to the rank; the same on all ranks of TP and PP.
+
+    tokens:     (B, L) int64 for hidden states (L, B, hidden)
+    lengths:    (B,) int64 valid positions of each row; all by default. Others come out of the layer as its bias alone
+    cu_seqlens: (n + 1,) bounds of documents packed into the flattened tokens, B = 1; a position sees its own document
+    chunk:      positions per chunk, by default what `choose_chunk` says
+    """
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)}; pass (B, L)")
+    if cu_seqlens is not None:
+        if tokens.shape[0] != 1 or lengths is not None:
+            raise ValueError(
+                f"cu_seqlens is given with B = {tokens.shape[0]} or lengths; pack documents into one row (1, L)"
+            )
+        space = UniqueSpace.from_packed(tokens[0], cu_seqlens)
+    else:
+        if lengths is None:
+            lengths = torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64, device=tokens.device)
+        space = UniqueSpace.from_padded(tokens, lengths)
+    if chunk is None:
+        head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        chunk = choose_chunk(space, heads, head_dim, tokens.device, decayed=True).size
+    length = tokens.shape[1]  # GPTModel asks for it when it makes rotary embeddings
+    chunks = CausalChunks.of(space, chunk)
+    return TokenKeyedSeqParams(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length, chunks=chunks)
+
+
+class TokenKeyedSelfAttention(MegatronModule):
+    """The self_attention slot of a token-keyed layer; heads are split over TP as in Megatron's own.
+
+    vocab_size: ids lie below it; TP divides it
+    token_dim:  width of the layer's table; hidden_size by default
+    decay:      "none"; "alibi", its fixed slopes; "learned", one per head from those slopes on
+
+    Rotary embeddings and masks that Megatron hands to every layer are not read: the plan says who sees whom. Raises ValueError for
+    what is not exact.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: None = None,
+        layer_number: int = 1,
+        *,
+        vocab_size: int,
+        token_dim: int | None = None,
+        decay: Literal["none", "alibi", "learned"] = "learned",
+        backend: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
+        self.tp_group, self.layer_number, self.backend = groups.tp, layer_number, backend
+        parts, rank = self.tp_group.size(), self.tp_group.rank()
+        _check(config, vocab_size, decay, parts)
+        heads, kv_heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        self.head_dim = config.kv_channels or config.hidden_size // heads
+        self.local_heads, self.local_kv_heads = heads // parts, kv_heads // parts
+        token_dim = token_dim or config.hidden_size
+        whole = copy(config)
+        whole.sequence_parallel = False  # rows of tokens are the same on every rank of TP
+        self.table = VocabParallelEmbedding(
+            vocab_size, token_dim, init_method=config.init_method, config=whole, tp_group=self.tp_group
+        )
+        self.norm = nn.RMSNorm(token_dim, eps=config.layernorm_epsilon).to(config.params_dtype)
+        linear: dict[str, Any] = {"init_method": config.init_method, "skip_bias_add": False, "tp_group": self.tp_group}
+        biased = bool(config.add_bias_linear or config.add_qkv_bias)
+        self.linear_q = ColumnParallelLinear(
+            config.hidden_size, heads * self.head_dim, config=config, bias=biased, gather_output=False, **linear
+        )
+        self.linear_k, self.linear_v = (
+            ColumnParallelLinear(
+                token_dim, kv_heads * self.head_dim, config=whole, bias=biased, gather_output=False, **linear
+            )
+            for _ in range(2)
+        )
+        linear |= {"init_method": config.output_layer_init_method, "skip_bias_add": True}
+        self.linear_proj = RowParallelLinear(
+            heads * self.head_dim,
+            config.hidden_size,
+            config=config,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            **linear,
+        )
+        slopes = alibi_slopes(heads).chunk(parts)[rank]
+        self.register_buffer("slopes", slopes if decay == "alibi" else None, persistent=False)
+        self.log_decay = None
+        if decay == "learned":
+            self.log_decay = nn.Parameter(slopes.log().to(config.params_dtype))
+            self.log_decay.tensor_model_parallel = True  # type: ignore[attr-defined]
+            self.log_decay.partition_dim, self.log_decay.partition_stride = 0, 1  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *_args: Any,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (L, B, hidden), over TP under sequence parallelism -> the same shape, and the bias still to be added."""
+        chunks = chunks_of(packed_seq_params)
+        if inference_context is not None:
+            raise ValueError(
+                "inference_context is given to a token-keyed layer; decode with ta_plugin.models.decode_cache.DecodeCache, which keeps "
+                "distinct tokens"
+            )
+        space = chunks.space
+        q, _ = self.linear_q(hidden_states)
+        length, batch = q.shape[:2]
+        if (batch, length) != (space.num_samples, space.padded_length) and batch * length != space.num_occurrences:
+            raise ValueError(
+                f"hidden_states have {length} positions of {batch} samples, but the plan {space.num_occurrences} of {space.num_samples}; "
+                "make it from the tokens of this microbatch"
+            )
+        grid = q.transpose(0, 1)
+        packed = space.pack(grid) if space.padded_length is not None else grid.reshape(batch * length, -1)
+        rows = self.norm(self.table(space.tokens))
+        k, v = (
+            linear(rows)[0].view(-1, self.local_kv_heads, self.head_dim) for linear in (self.linear_k, self.linear_v)
+        )
+        out = causal_attention(
+            space,
+            packed.reshape(-1, self.local_heads, self.head_dim),
+            k,
+            v,
+            decay=self.slopes if self.log_decay is None else self.log_decay.float().exp(),
+            scale=self.config.softmax_scale if hasattr(self.config, "softmax_scale") else None,
+            chunk=chunks,
+            backend=self.backend,
+        )
+        attended = space.unpack(out.flatten(1)).reshape(batch, length, -1).transpose(0, 1).contiguous()
+        return self.linear_proj(attended)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For megatron.core.dist_checkpointing: loads under any TP size that divides the heads and the vocabulary."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.log_decay is not None:
+            state |= make_sharded_tensors_for_checkpoint(
+                {"log_decay": self.log_decay}, prefix, {"log_decay": 0}, sharded_offsets
+            )
+        return state
+
+
+class UnplannedTransformerLayer(TransformerLayer):
+    """A stock layer of a mixed stack: it sees positions, and no plan."""
+
+    def forward(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any) -> Any:
+        """As TransformerLayer. Raises ValueError for packed documents, which a causal mask alone does not part."""
+        if packed_seq_params is not None and chunks_of(packed_seq_params).space.padded_length is None:
+            raise ValueError(
+                "the plan has cu_seqlens, but a stock layer of a mixed stack has no document mask; pass tokens (B, L) and lengths, or "
+                "make every layer token-keyed (every=1)"
+            )
+        return super().forward(*args, packed_seq_params=None, **kwargs)
+
+
+def get_token_keyed_layer_spec(
+    config: TransformerConfig, vocab_size: int, *, use_transformer_engine: bool | None = None, **options: Any
+) -> ModuleSpec:
+    """A TransformerLayer whose attention is `TokenKeyedSelfAttention` (options: token_dim, decay, backend); norms, MLP or MoE as ever."""
+    engine = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
+    stock = stock_spec(config, engine)
+    norm = stock.submodules.input_layernorm
+    if norm is IdentityOp:  # Transformer Engine keeps it in the linear layer that this one replaces
+        norm = final_norm(engine)
+    attention = ModuleSpec(module=TokenKeyedSelfAttention, params={"vocab_size": vocab_size, **options})
+    return ModuleSpec(
+        module=TransformerLayer,
+        params=dict(stock.params or {}),
+        submodules=replace(stock.submodules, input_layernorm=norm, self_attention=attention),
+    )
+
+
+def get_token_keyed_block_spec(
+    config: TransformerConfig,
+    vocab_size: int,
+    *,
+    every: int = 4,
+    use_transformer_engine: bool | None = None,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    **options: Any,
+) -> TransformerBlockSubmodules:
+    """A causal stack in which every `every`-th layer is token-keyed and global, this pipeline stage's part of it.
+
+    The others are stock causal layers, rotary if the model is; give them a sliding window by config.window_size = (W - 1, 0). Padding
+    must follow the valid positions. options: as for `get_token_keyed_layer_spec`. Raises ValueError unless every >= 1.
+    """
+    if every < 1:
+        raise ValueError(f"every is {every}; pass 1 (all layers) or more")
+    engine = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
+    keyed = get_token_keyed_layer_spec(config, vocab_size, use_transformer_engine=engine, **options)
+    stock = stock_spec(config, engine)
+    plain = ModuleSpec(
+        module=UnplannedTransformerLayer,
+        params=dict(stock.params or {}),
+        submodules=replace(stock.submodules, self_attention=_causal(stock.submodules.self_attention)),
+    )
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    numbers = range(first + 1, first + 1 + get_num_layers_to_build(config, vp_stage, pp_rank))
+    layers = [keyed if n % every == 0 else plain for n in numbers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm(engine))
+
+
+def chunks_of(packed_seq_params: PackedSeqParams | None) -> CausalChunks:
+    """The chunks a layer was given. Raises ValueError when there are none."""
+    chunks = getattr(packed_seq_params, "chunks", None)
+    if chunks is None:
+        raise ValueError(
+            f"a token-keyed layer was called without its plan (packed_seq_params is {type(packed_seq_params).__name__}); pass "
+            "packed_seq_params=plan_causal(tokens, config) to the model on every pipeline stage"
+        )
+    return chunks
+
+
+def _causal(attention: Any) -> Any:
+    changed = copy(attention)
+    changed.params = {**(attention.params or {}), "attn_mask_type": AttnMaskType.causal}
+    return changed
+
+
+def _check(config: TransformerConfig, vocab_size: int, decay: str, parts: int) -> None:
+    if decay not in ("none", "alibi", "learned"):
+        raise ValueError(f"decay is {decay!r}; pass 'none', 'alibi' or 'learned'")
+    if vocab_size % parts:
+        raise ValueError(f"vocab_size is {vocab_size}, which tensor parallel size {parts} does not divide; pad it")
+    groups = config.num_query_groups or config.num_attention_heads
+    if groups % parts or config.num_attention_heads % parts:
+        raise ValueError(f"num_query_groups is {groups}; tensor parallel size {parts} must divide it")
+    if config.attention_dropout:
+        raise ValueError(
+            f"attention_dropout is {config.attention_dropout}; it would drop all occurrences of a token together. Set it to 0.0"
+        )
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"context_parallel_size is {config.context_parallel_size}; a token-keyed layer needs all positions of a sample. Set it to 1"
+        )
+    if getattr(config, "multi_latent_attention", False):
+        raise ValueError("multi_latent_attention is set; token-keyed layers have keys of their own. Set it to False")

@@ -1,0 +1,85 @@
+"""Token-keyed layers inside Megatron's GPTModel: exact, causal, and the same under tensor parallelism and recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from layouts import Layout, config_of
+from ranks import RankPool
+from token_keyed_stack import (
+    LENGTH,
+    VOCAB,
+    attention_against_formula,
+    batch,
+    changed_by_the_future,
+    losses_and_gradients,
+)
+
+from ta_plugin.megatron import get_token_keyed_block_spec, plan_causal
+from ta_plugin.megatron.token_keyed import TokenKeyedSelfAttention, chunks_of
+
+Pools = Callable[[int], RankPool]
+
+
+@pytest.mark.parametrize("decay", ["none", "alibi", "learned"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_equals_the_formula(megatron_ranks: Pools, decay: str, packed: bool) -> None:
+    for got, want in megatron_ranks(1).run(attention_against_formula, decay, packed)[0]:
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_no_position_sees_the_future(megatron_ranks: Pools, every: int) -> None:
+    difference = megatron_ranks(1).run(changed_by_the_future, every, "learned")[0]
+    assert (difference[:, : LENGTH - 7] < 1e-12).all()
+    assert (difference[:, LENGTH - 7 :] > 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2),
+        Layout(tp=2, sequence_parallel=True),
+        Layout(recompute="full"),
+        Layout(tp=2, sequence_parallel=True, recompute="full"),
+    ],
+    ids=["tp2", "tp2-sp", "full-recompute", "tp2-sp-full-recompute"],
+)
+def test_layouts_agree(megatron_ranks: Pools, layout: Layout) -> None:
+    ranks = megatron_ranks(2)
+    losses, gradients = ranks.run(losses_and_gradients, Layout(), 2)[0]
+    for mine, my_gradients in ranks.run(losses_and_gradients, layout, 2):
+        torch.testing.assert_close(mine, losses, rtol=1e-6, atol=1e-6)  # Megatron's cross-entropy is float32
+        assert my_gradients.keys() == gradients.keys()
+        for name, want in gradients.items():
+            torch.testing.assert_close(my_gradients[name], want, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_refusals() -> None:
+    tokens, _ = batch()
+    config = config_of(Layout())
+    with pytest.raises(ValueError, match="every is 0"):
+        get_token_keyed_block_spec(config, VOCAB, every=0)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        plan_causal(tokens, config, cu_seqlens=torch.tensor([0, 2 * LENGTH]))
+    with pytest.raises(ValueError, match="without its plan"):
+        chunks_of(None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"attention_dropout": 0.1}, "attention_dropout is 0.1"), ({"context_parallel_size": 2}, "context_parallel_size")],
+)
+def test_what_is_not_exact_is_refused(megatron_ranks: Pools, changes: dict, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        megatron_ranks(1).run(build_with, changes)
+
+
+def build_with(changes: dict) -> None:
+    from layouts import megatron
+
+    with megatron(Layout()):
+        TokenKeyedSelfAttention(replace(config_of(Layout()), **changes), vocab_size=VOCAB)
