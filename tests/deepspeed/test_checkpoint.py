@@ -83,12 +83,8 @@ def test_resumes_on_another_number_of_ranks(engines_on: Any, tmp_path: Path) -> 
 
 
 def continue_from_universal(folder: str, setup: Setup, saved_on: int) -> None:
-    from ta_plugin.deepspeed import initialize
-
     model, dense = build_models()
-    config = {**setup.config(), "checkpoint": {"load_universal": True}}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=DENSE_RATE)
-    engine = initialize(model=model, optimizer=optimizer, config=config)[0]
+    engine = build_engine(model, setup)
     with pytest.raises(FileNotFoundError, match="copy the folder tokenized_attention"):
         engine.load_checkpoint(folder, tag="universal")
     dist.barrier()
@@ -118,7 +114,8 @@ def test_universal_checkpoints_resume_on_another_number_of_ranks(engines_on: Any
     convert += ["--num_merge_workers", "1", "--input_folder", str(tmp_path / "here")]
     done = subprocess.run([*convert, "--output_folder", str(tmp_path / "universal")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    engines_on(2).run(continue_from_universal, str(tmp_path), Setup(stage=stage, size=2, steps=2), 4)
+    again = Setup(stage=stage, size=2, steps=2, more={"checkpoint": {"load_universal": True}})
+    engines_on(2).run(continue_from_universal, str(tmp_path), again, 4)
 
 
 def engines_files_hold_no_rows(folder: str) -> None:
