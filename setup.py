@@ -1,7 +1,6 @@
 """Installs ta_plugin. TA_BUILD_OPS=1 compiles the operators of csrc/ ahead of time (pip install --no-build-isolation .);
 
-DS_BUILD_<OP>=0 or 1 decides for one of them, for example DS_BUILD_TA_SEGMENTS_CPU=1. Otherwise they build on first use,
-from csrc/, which an installed package carries along.
+DS_BUILD_<OP>=0 or 1 decides for one of them, for example DS_BUILD_TA_SEGMENTS_CPU=1. Otherwise they build on first use.
 """
 
 import os
