@@ -14,9 +14,8 @@ from ta_plugin.ops.builder import op_specs
 
 ROOT = Path(__file__).parents[2]
 CPU = next(spec for spec in op_specs() if spec.device == "cpu")
-NO_CUDA = {
-    spec.build_variable: "0" for spec in op_specs() if spec.device == "cuda"
-}  # minutes each, where torch has CUDA
+# minutes each, where torch has CUDA
+NO_CUDA = {spec.build_variable: "0" for spec in op_specs() if spec.device == "cuda"}
 SHOW = f"""
 import importlib, torch, ta_plugin
 from ta_plugin.ops.builder import spec_of
