@@ -160,6 +160,24 @@ def one_rank_alone() -> str:
     return "".join(caught.value.__notes__)
 
 
+class BreaksOnOneRank(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if dist.get_rank() == CULPRIT:
+            raise KeyError("row 7 is not in the store")
+        return super().forward(ids)
+
+
+def one_rank_breaks() -> str:
+    """No header can tell what an embedding_fn will do: the others wait, and say for what."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    model = TokenizedAttention(BATCH, LENGTH, RANKS, BreaksOnOneRank(VOCAB, EMBED), group=group)
+    with pytest.raises((RuntimeError, KeyError)) as caught:
+        model(**good_batch())
+    if dist.get_rank() == CULPRIT:
+        time.sleep(4)
+    return "".join(getattr(caught.value, "__notes__", []))
+
+
 def bad_embed() -> str:
     model = attention("gather")
     ids = torch.zeros(2, 3, dtype=torch.int64)
@@ -216,7 +234,11 @@ def test_parameters_frozen_on_one_rank_raise_on_every_rank(rank_pools: Any, name
 
 def test_who_waits_in_vain_says_for_what(rank_pools: Any) -> None:
     for rank, note in enumerate(rank_pools(RANKS).run(one_rank_alone)):
-        assert rank == CULPRIT or "built TokenizedAttention with nranks=1" in note
+        assert rank == CULPRIT or ("in 'header'" in note and "TokenizedAttention with nranks=1" in note)
+    for rank, note in enumerate(rank_pools(RANKS).run(one_rank_breaks)):
+        assert rank == CULPRIT or (
+            "in 'history.rows'" in note and "raised an error of its own (an embedding_fn" in note
+        )
 
 
 def test_bad_ids_to_embed_raise_on_every_rank(rank_pools: Any) -> None:

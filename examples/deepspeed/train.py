@@ -1,6 +1,7 @@
 """Train the sequence recommender with DeepSpeed; what makes it distributed is the "tokenized_attention" block of the config.
 
-    deepspeed --num_gpus 2 train.py --inter ml-100k.inter --deepspeed --deepspeed_config ds_config_zero1.json
+    bash ../movielens.sh data
+    deepspeed --num_gpus 2 train.py --inter data/ml-100k.inter --deepspeed --deepspeed_config ds_config_zero1.json
 
 On CPUs: DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py ... with the same arguments; DeepSpeed compiles its
 shared-memory collectives first, which takes about two minutes, once. Prints losses and ranking metrics; checkpoints and the curve

@@ -6,7 +6,8 @@ inside the collective do not promise that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,9 +46,23 @@ def gather_single(gathered: Tensor, x: Tensor, group: dist.ProcessGroup | None) 
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, x, group=group)
 
 
+@contextmanager
+def explained(name: str, group: SSPGroup) -> Iterator[None]:
+    """Around a collective: what fails in it gets a note on what the other ranks may have done instead."""
+    try:
+        yield
+    except RuntimeError as error:  # a time-out, or a peer that is gone
+        error.add_note(
+            f"in {name!r}, which all ranks of {group} must reach: one of them raised an error of its own (an embedding_fn or a module "
+            "between look-up and attention), calls other modules, has fewer batches, or built TokenizedAttention with nranks=1"
+        )
+        raise
+
+
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: SSPGroup, name: str) -> Tensor:
     received = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), receive, send, group=group.group)
+    with explained(name, group):
+        dist.all_to_all_single(received, x.contiguous(), receive, send, group=group.group)
     group.traffic.record(name, x, sum(send) - send[group.rank])
     return received
 
@@ -55,7 +70,8 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], group: SSPGroup, n
 def _gather(x: Tensor, rows: list[int], group: SSPGroup, name: str) -> Tensor:
     if min(rows) == max(rows):
         gathered = x.new_empty(sum(rows), *x.shape[1:])
-        gather_single(gathered, x.contiguous(), group.group)
+        with explained(name, group):
+            gather_single(gathered, x.contiguous(), group.group)
         group.traffic.record(name, x, (group.size - 1) * x.shape[0])
         return gathered
     # uneven: an all-to-all that sends the same rows to everybody moves no padding

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ta_plugin.parallel.collectives import gather_single
+from ta_plugin.parallel.collectives import explained, gather_single
 from ta_plugin.parallel.groups import SSPGroup
 
 _FIELDS = 15
@@ -42,13 +42,7 @@ def _all_gather(header: Tensor, group: SSPGroup) -> Tensor:
         return header[None]
     mine = header.to(group.device)
     gathered = mine.new_empty(group.size * mine.numel())
-    try:
+    with explained("header", group):
         gather_single(gathered, mine, group.group)
-    except RuntimeError as error:  # a time-out, or a peer that is gone
-        error.add_note(
-            f"while waiting for the other ranks of {group} to make the same call: one of them raised something of its own, calls "
-            "other modules, has fewer batches, or built TokenizedAttention with nranks=1 (nothing is exchanged then)"
-        )
-        raise
     group.traffic.record("header", mine, (group.size - 1) * mine.numel())
     return gathered.view(group.size, -1).cpu()

@@ -82,6 +82,8 @@ def in_multiples(encode: Encoder, multiple: int) -> Encoder:
     """`encode` called with its rows rounded up to a multiple, by spare rows that change nothing (UniqueSpace.with_spare_rows)."""
 
     def padded(rows: Tensor, space: UniqueSpace) -> Tensor:
+        if not isinstance(space, UniqueSpace):  # rows that other ranks' plans refer to keep their number
+            return encode(rows, space)
         larger = space.with_spare_rows(multiple)
         return encode(larger.fill_spare_rows(rows), larger)[: space.num_rows]
 

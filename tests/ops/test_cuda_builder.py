@@ -18,6 +18,7 @@ from cuda_folder import cuda_of_version, tool
 
 from ta_plugin.ops.builder import OpSpec, op_specs
 from ta_plugin.ops.builder.classes import builder_of, missing_for
+from ta_plugin.ops.builder.specs import source_root
 from ta_plugin.ops.builder.toolkit import cuda_toolkit
 
 SPECS = [spec for spec in op_specs() if spec.device == "cuda"]
@@ -28,6 +29,13 @@ def why_not() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: nothing to link with"
     return next((reason for spec in SPECS if (reason := missing_for(spec)) is not None), None)
+
+
+def test_every_source_belongs_to_an_extension() -> None:
+    """What no extension names, nothing would compile."""
+    kinds = {".cpp", ".cu"}
+    found = {path for path in source_root().rglob("*") if path.suffix in kinds}
+    assert found == {path for spec in op_specs() for path in spec.sources()}
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
