@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention, UniqueSpace
 from ta_plugin.attention import weighted_attention
+from ta_plugin.attention.backends import Machine, choose
 from ta_plugin.data.interactions import load_interactions
 from ta_plugin.models.recommender import RecommenderConfig
 from ta_plugin.models.trainer import RecommenderTrainer
@@ -50,6 +51,96 @@ def test_flex_against_float64(lens: Any, dtype: torch.dtype, per_head: bool) -> 
         assert torch.equal(ours.isfinite(), finite)
         error = (ours.double()[finite] - exact[finite]).norm() / exact[finite].norm().clamp(min=1e-12)
         assert error < tolerance
+
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+def errors_of(backend: str, inputs: list[Tensor | None], bounds: tuple[Tensor, Tensor], **options: Any) -> list[float]:
+    """Relative errors of out, lse and the gradients of a backend in bf16 against the reference in float64."""
+    results = []
+    for name, kind in ((backend, None), ("reference", torch.float64)):
+        leaves = [None if x is None else x.detach().clone().to(kind or x.dtype).requires_grad_() for x in inputs]
+        out, lse = weighted_attention(*leaves, *bounds, return_lse=True, backend=name, **options)  # type: ignore[misc]
+        present = lse > -torch.inf
+        (out.double().square().sum() + lse.double()[present].sin().sum()).backward()
+        results.append([out, lse, *(x.grad for x in leaves if x is not None)])
+    found = []
+    for ours, exact in zip(*results, strict=True):
+        finite = exact.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        found.append(float((ours.double()[finite] - exact[finite]).norm() / exact[finite].norm().clamp(min=1e-12)))
+    return found
+
+
+@needs_hopper
+@pytest.mark.parametrize("weight", ["none", "shared", "per_head"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(40, 40), (64, 64), (96, 96), (80, 128)])
+def test_hopper_against_float64(weight: str, dim: int, value_dim: int) -> None:
+    (q, k, v, w), cu_q, cu_k = packed(torch.bfloat16, weight == "per_head", [300, 0, 70, 129], [411, 5, 0, 130])
+    v = v.repeat(1, 1, 2)[..., :value_dim]
+    q, k = (x.repeat(1, 1, 2)[..., :dim] for x in (q, k))
+    if weight == "none":
+        k, v = k.nan_to_num(), v.nan_to_num()
+    inputs = [q, k, v, None if weight == "none" else w]
+    assert max(errors_of("hopper", inputs, (cu_q, cu_k))) < 1e-2
+
+
+@needs_hopper
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_hopper_with_chunks_of_queries_against_float64(prefix: bool, per_head: bool) -> None:
+    (q, k, v, _), cu_q, cu_k = packed(torch.bfloat16, False, [300, 0, 70, 129], [411, 5, 0, 130])
+    chunk = torch.arange(q.shape[0], device="cuda") // 100  # cut where samples end too
+    sample = torch.bucketize(torch.arange(q.shape[0], device="cuda"), cu_q[1:].contiguous(), right=True)
+    chunk = torch.unique_consecutive(chunk * 4 + sample, return_inverse=True)[1]
+    chunks = int(chunk[-1]) + 1
+    w = torch.randn(chunks, k.shape[0], *((4,) if per_head else ()), device="cuda").mul(4)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    options = {"q_chunk": chunk}
+    if prefix:
+        options["k_visible"] = torch.arange(chunks, device="cuda").int() * 60
+    assert max(errors_of("hopper", [q, k, v, w], (cu_q, cu_k), **options)) < 1e-2
+
+
+@needs_hopper
+def test_hopper_causal_against_float64() -> None:
+    lens = [300, 0, 1, 129]
+    (q, k, v, w), cu_q, _ = packed(torch.float16, True, lens, lens)
+    assert max(errors_of("hopper", [q, k.nan_to_num(), v.nan_to_num(), w], (cu_q, cu_q), causal=True)) < 1e-2
+
+
+@needs_hopper
+def test_hopper_is_chosen_and_repeats() -> None:
+    inputs, cu_q, cu_k = packed(torch.bfloat16, False, [900, 300, 700], [900, 300, 700])
+    runs = []
+    for _ in range(5):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out, lse = weighted_attention(*leaves, cu_q, cu_k, return_lse=True)
+        (out.float().square().sum() + lse.sum()).backward()
+        runs.append([out, lse, *(x.grad for x in leaves)])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 64, "value_dim": 64}
+    assert choose(None, device=Machine.of(inputs[0].device), **options).name == "hopper"
+
+
+@needs_hopper
+@pytest.mark.parametrize("weighted", [False, True])
+def test_flash4_against_float64(weighted: bool) -> None:
+    pytest.importorskip("flash_attn.cute")
+    (q, k, v, w), cu_q, cu_k = packed(torch.bfloat16, False, [300, 70, 129], [411, 5, 130])
+    inputs = [q, k.nan_to_num(), v.nan_to_num()]
+    results = []
+    for backend, kind in (("flash4", None), ("reference", torch.float64)):
+        leaves = [x.detach().clone().to(kind or x.dtype).requires_grad_() for x in inputs]
+        weight = w.to(torch.promote_types(torch.float32, kind or torch.float32)) if weighted else None
+        out, lse = weighted_attention(*leaves, weight, cu_q, cu_k, return_lse=True, backend=backend)
+        (out.double().square().sum() + lse.double().sin().sum()).backward()
+        results.append([out, lse, *(x.grad for x in leaves)])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() / exact.norm() < 1e-2
 
 
 @pytest.mark.parametrize("strategy", ["gather", "owner"])

@@ -54,7 +54,7 @@ class Runs:
         return self.bounds[-1] / max(len(self.chunks), 1)
 
     def cu_chunks(self, num_samples: int) -> tuple[list[int], list[int]]:
-        """For ascending runs: bounds of each chunk's queries (C + 1,), and of each sample's chunks (B + 1,).
+        """For ascending runs of at least one sample: bounds of each chunk's queries (C + 1,), and of each sample's chunks (B + 1,).
 
         A chunk without queries is empty, and counted to the sample of the chunk before it.
         """
@@ -66,7 +66,7 @@ class Runs:
         for length, sample in zip(lengths, owner, strict=True):
             queries.append(queries[-1] + length)
             last = max(last, sample)
-            chunks[last] += 1 if num_samples else 0
+            chunks[last] += 1
         bounds = [0]
         for count in chunks:
             bounds.append(bounds[-1] + count)

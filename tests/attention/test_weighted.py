@@ -129,8 +129,8 @@ def test_low_precision_inputs_tell_counts_above_256_apart(backend: str, dtype: t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_without_keys_or_queries(backend: str) -> None:
-    for sizes in ((), ((0, 0),), ((3, 0),), ((0, 3),), ((2, 0), (0, 2)), ((2, 3), (4, 0), (0, 5), (1, 1))):
-        call = tensors(Problem(sizes), torch.float32)
+    for lengths in ((), ((0, 0),), ((3, 0),), ((0, 3),), ((2, 0), (0, 2)), ((2, 3), (4, 0), (0, 5), (1, 1))):
+        call = tensors(Problem(lengths), torch.float32)
         out, lse = weighted_attention(**call, return_lse=True, backend=backend)
         keyless = torch.cat([torch.full((n_q,), n_k == 0) for n_q, n_k in sizes] or [torch.zeros(0, dtype=torch.bool)])
         assert torch.equal((lse == -torch.inf).all(1), keyless)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ta_plugin.attention.buckets import nothing_seen
 from ta_plugin.attention.runs import Runs
 from ta_plugin.ops.builder import LoadedExtension, load_extension
 
@@ -44,6 +45,8 @@ def hopper_attention(
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The contract of `weighted_attention` on `kernels`, a module with the functions of binding.cpp; `runs` must ascend."""
+    if runs is not None and not runs.chunks:
+        return nothing_seen(q, k, v, log_weight)
     value_dim = v.shape[2]
     width = padded_dim(q.shape[2], value_dim)
     if width is None:
