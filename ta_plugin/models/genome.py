@@ -35,6 +35,8 @@ class GenomeModel(nn.Module):
     global_attention: False leaves the local window alone, for comparison
     """
 
+    kmer_bases: Tensor
+
     def __init__(
         self,
         kmers: Tensor,
