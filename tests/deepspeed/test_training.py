@@ -57,6 +57,13 @@ def test_gradients_have_the_dense_models_scale(engines_on: Any, stage: int) -> N
     engines_on(4).run(equals_dense, Setup(stage=stage, size=2, accumulate=2, sgd=True))
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_with_the_optimizer_offloaded(engines_on: Any, stage: int) -> None:
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
+    more = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    engines_on(4).run(equals_dense, Setup(stage=stage, size=2, clip=0.5, accumulate=2, sgd=True, more=more))
+
+
 def norm_counts_rows(setup: Setup) -> None:
     """The engine reports one norm over dense parameters and rows: that of the dense model."""
     model, dense = build_models()

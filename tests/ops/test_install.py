@@ -26,7 +26,7 @@ print("sources", *spec.sources())
 print("missing", missing_for(spec))
 try:
     print("module", importlib.import_module(spec.module).__file__)
-    print("operators", all(hasattr(torch.ops.ta_plugin, name) for name in spec.operators))
+    print("operators", all(torch._C._dispatch_has_kernel_for_dispatch_key("ta_plugin::" + name, "CPU") for name in spec.operators))
 except ModuleNotFoundError as error:
     print("module", None)
 """
