@@ -30,7 +30,7 @@ def message_of(block: dict[str, Any], key: str = "tokenized_attention", extra: d
         ({"sise": 2}, "tokenized_attention", "tokenized_attention.sise is no known key; did you mean 'size'"),
         ({"size": "two"}, "tokenized_attention", "tokenized_attention.size is 'two'"),
         ({"size": 0}, "tokenized_attention", "tokenized_attention.size is 0"),
-        ({"strategy": "ring"}, "tokenized_attention", "tokenized_attention.strategy is 'ring'"),
+        ({"strategy": "rings"}, "tokenized_attention", "tokenized_attention.strategy is 'rings'"),
         ({"backend": "sdap"}, "tokenized_attention", "tokenized_attention.backend: backend is 'sdap'"),
         ({"optimizer": {"typ": "sgd"}}, "tokenized_attention", "optimizer.typ is no known key; did you mean 'type'"),
         ({"modules": ["*"]}, "tokenized_attention", "tokenized_attention.tokens is not set"),
