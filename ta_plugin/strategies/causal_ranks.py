@@ -2,6 +2,7 @@
 
 For a piece of a sample that begins at position s, everything before s is one weight per distinct row, log(count before s), the
 same for every query of the piece; the piece itself is causal attention on one rank (DESIGN section 5, with the piece as chunk).
+A decay turns the counts into sums decayed up to s, and the rest of it, from s to the query, shifts that part's log-sum-exp.
 Owners know every piece's counts, so each sends a reader the sums before its pieces, once per batch: O(U) integers. Keys and
 values are gathered per layer: U * 2 D elements in all, where they circulated there would be N partial results of every position.
 Pieces lie zigzag, rank r reads pieces r and 2 N - 1 - r of 2 N, so that each rank has a short prefix and a long one.
@@ -20,7 +21,7 @@ from torch import Tensor
 from ta_plugin.attention.causal import causal_attention
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.weighted import weighted_attention
-from ta_plugin.ops import Segments, expand
+from ta_plugin.ops import Segments, expand, segment_logsumexp
 from ta_plugin.parallel import SSPGroup, all_gather_rows, all_to_all_rows, exchange_header
 from ta_plugin.routing import Owners
 from ta_plugin.strategies.owned import OwnedRows
@@ -59,11 +60,15 @@ class CausalRows:
     owned:    the distinct rows this rank owns; their keys and values are functions of the token
     local:    reader's rows -> rows of all ranks in rank order
     prefixes: one per piece of this rank
+    places:   (N, P) int64, the place of every rank's pieces in the sequence
+    lengths:  (N * P, B) int64, of the pieces of each sample in the order of the sequence
     """
 
     owned: OwnedRows
     local: Segments
     prefixes: list[Prefix]
+    places: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(
@@ -98,7 +103,11 @@ class CausalRows:
         index = owned.numbers_to_readers(
             torch.arange(first, first + owned.space.num_rows, device=device), "causal.rows"
         )
-        before = _counts_before(owned, where)
+        at = torch.tensor(where, device=device)
+        mine = reader.cu_occurrences.diff()
+        lengths = all_gather_rows(mine, [mine.numel()] * group.size, group, "causal.lengths").view(at.numel(), -1)
+        lengths = torch.empty_like(lengths).index_copy(0, at.reshape(-1), lengths)
+        before = _to_readers_of_pieces(owned, at, _counts_before(owned, at), "causal.counts")
         order, bounds = owned.together()
         prefixes = []
         for counts in before.index_select(0, order).unbind(1):
@@ -106,7 +115,7 @@ class CausalRows:
             ends = torch.zeros(seen.numel() + 1, dtype=torch.int32, device=device)
             torch.cumsum(seen, 0, out=ends[1:])
             prefixes.append(Prefix(order[seen], ends[bounds.long()], counts[seen]))
-        return cls(owned, Segments.from_index(index, sum(rows)), prefixes)
+        return cls(owned, Segments.from_index(index, sum(rows)), prefixes, at, lengths)
 
 
 def causal_over_ranks(
@@ -115,6 +124,7 @@ def causal_over_ranks(
     k: Tensor,
     v: Tensor,
     *,
+    decay: Tensor | None = None,
     scale: float | None = None,
     chunk: int | None = None,
     backend: str | None = None,
@@ -125,9 +135,11 @@ def causal_over_ranks(
 
     q:     (M, H, D), a query per occurrence of the reader, packed in its order (`plan.owned.reader.pack`)
     k, v:  (U_n, Hk, D), (U_n, Hk, Dv) of the owned rows, `plan.owned.space`
+    decay: (H,) per head, ALiBi slopes or learned: a score loses decay times the number of positions from key to query
     chunk: of `causal_attention` within the piece
 
-    Collective over the group, forward and backward. Sent per rank: (N - 1) * U_n * (D + Dv) * Hk elements each way.
+    Collective over the group, forward and backward. Sent per rank: (N - 1) * U_n * (D + Dv) * Hk elements each way, and with
+    decay (N - 1) * U_n * P * H more.
     """
     owned, group = plan.owned, plan.owned.group
     k, v = (
@@ -139,22 +151,25 @@ def causal_over_ranks(
         q,
         expand(k, plan.local),
         expand(v, plan.local),
+        decay=decay,
         scale=scale,
         chunk=chunk,
         backend=backend,
         return_lse=True,
     )
-    batch = reader.num_samples // owned.pieces
+    batch, wide = reader.num_samples // owned.pieces, torch.promote_types(q.dtype, torch.float32)
+    decayed = None if decay is None else _decayed_before(plan, decay.to(wide))
     before = []
     for piece, prefix in enumerate(plan.prefixes):
         bounds = reader.cu_occurrences[piece * batch : (piece + 1) * batch + 1]
         first, last = int(bounds[0]), int(bounds[-1])
+        weight = prefix.counts.to(wide).log() if decayed is None else decayed[:, piece].index_select(0, prefix.rows)
         before.append(
             weighted_attention(
                 q[first:last],
                 k.index_select(0, prefix.rows),
                 v.index_select(0, prefix.rows),
-                prefix.counts.to(torch.promote_types(q.dtype, torch.float32)).log(),
+                weight,
                 (bounds - first).int(),
                 prefix.cu_seqlens,
                 scale=scale,
@@ -163,21 +178,56 @@ def causal_over_ranks(
             )
         )
     out, lse = (torch.cat(parts) for parts in zip(*before, strict=True))
+    if decay is not None:  # from the start of the piece to the query
+        lse = lse - reader.positions().to(wide)[:, None] * decay.to(wide)
     return merge(torch.stack([out, here[0]]), torch.stack([lse, here[1]]))
 
 
-def _counts_before(owned: OwnedRows, places: list[tuple[int, ...]]) -> Tensor:
-    """(U, P) int64: how often each row of every rank, in rank order, occurs before each of this rank's pieces. Collective."""
-    group, space, pieces = owned.group, owned.space, owned.pieces
-    device = space.tokens.device
-    place = torch.tensor(places, device=device).reshape(-1)
-    place = place.repeat_interleave(space.num_samples)  # of each received (rank, piece, sample)
-    place = torch.repeat_interleave(
-        place, owned.route.received_cu_seqlens.long().diff(), output_size=owned.counts.numel()
-    )
-    counts = torch.zeros(group.size * pieces, space.num_rows, dtype=torch.int64, device=device)
-    counts.index_put_((place[owned.by_sample], owned.merged.inverse), owned.counts)  # each pair once
-    before = counts.cumsum(0) - counts
-    mine = before[torch.tensor(places, device=device)]  # (N, P, U_n): what each rank asks for
-    sent = mine.transpose(1, 2).reshape(group.size * space.num_rows, pieces)
-    return all_to_all_rows(sent, [space.num_rows] * group.size, owned.rows_of_ranks, group, "causal.counts")
+def _counts_before(owned: OwnedRows, places: Tensor) -> Tensor:
+    """(N * P, U_n) int64: how often each owned row occurs before each place."""
+    counts = owned.counts.new_zeros(places.numel(), owned.space.num_rows)
+    counts.index_put_((_place_of_members(owned, places), owned.merged.inverse), owned.counts)  # each pair once
+    return counts.cumsum(0) - counts
+
+
+def _decayed_before(plan: CausalRows, decay: Tensor) -> Tensor:
+    """(U, P, H): log of the sum of exp(-decay * (start of piece - position)) over what lies before each piece. Collective.
+
+    Readers fold their pieces relative to the pieces' ends, owners carry the sum from place to place: every term stays near its own time.
+    """
+    owned, reader = plan.owned, plan.owned.reader
+    length = reader.cu_occurrences.diff()[reader.sample_of_occurrences()]
+    ages = (reader.positions() - length).to(decay.dtype)
+    mine = segment_logsumexp(ages[:, None] * decay, reader.segments)
+    members = owned.to_owners(mine, "causal.decayed")
+    shape = (plan.places.numel(), owned.space.num_rows, decay.numel())
+    pieces = members.new_full(shape, -torch.inf)
+    pieces = pieces.index_put((_place_of_members(owned, plan.places), owned.merged.inverse), members)
+    lengths = plan.lengths[:, owned.space.sample_of_rows()].to(decay.dtype)
+    state, before = members.new_full(shape[1:], -torch.inf), []
+    for piece, length in zip(pieces, lengths, strict=True):
+        before.append(state)
+        state = _add_logs(state - length[:, None] * decay, piece)
+    return _to_readers_of_pieces(owned, plan.places, torch.stack(before), "causal.decayed_before")
+
+
+def _place_of_members(owned: OwnedRows, places: Tensor) -> Tensor:
+    """(received,) int64: the place of the piece that each member of `owned.merged` was read in."""
+    of_samples = places.reshape(-1).repeat_interleave(owned.space.num_samples)  # of each (rank, piece, sample)
+    sizes = owned.route.received_cu_seqlens.long().diff()
+    return torch.repeat_interleave(of_samples, sizes, output_size=owned.counts.numel())[owned.by_sample]
+
+
+def _to_readers_of_pieces(owned: OwnedRows, places: Tensor, of_places: Tensor, name: str) -> Tensor:
+    """Per place and owned row (N * P, U_n, ...) to the ranks that read there: (U, P, ...), rows in rank order. Collective."""
+    wanted = of_places[places].transpose(1, 2)  # (N, U_n, P, ...)
+    rows = [owned.space.num_rows] * owned.group.size
+    return all_to_all_rows(wanted.flatten(0, 1), rows, owned.rows_of_ranks, owned.group, name)
+
+
+def _add_logs(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b), with gradient 0 instead of NaN where both are -inf."""
+    peak = torch.maximum(a, b).detach()
+    shift = peak.masked_fill(peak == -torch.inf, 0.0)
+    total = (a - shift).exp() + (b - shift).exp()
+    return (shift + total.masked_fill(total == 0, 1.0).log()).masked_fill(total == 0, -torch.inf)

@@ -31,6 +31,7 @@ class Case:
     contiguous: bool = False
     chunk: int = 2
     distinct: bool = False
+    decay: bool = False
     empty_places: tuple[int, ...] = ()
 
     @property
@@ -56,42 +57,60 @@ def table_of(case: Case) -> Tensor:
     return torch.randn(max(case.vocab, 100), 2, KV_HEADS, HEAD_DIM, generator=g, dtype=torch.float64).requires_grad_()
 
 
+def decay_of(case: Case) -> Tensor | None:
+    return torch.tensor([0.5, 0.1, 2.0, 0.0], dtype=torch.float64, requires_grad=True) if case.decay else None
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
+    """Causal attention over positions; with decay one query at a time, whose biases are its own."""
+    if decay is None:
+        return attention_over_positions(q, k, v, visible=torch.ones(len(q), len(q), dtype=torch.bool).tril())
+    rows = [q.new_zeros(0, HEADS, HEAD_DIM)]
+    for i in range(len(q)):
+        bias = (torch.arange(i + 1) - i)[:, None] * decay
+        rows.append(attention_over_positions(q[i : i + 1], k[: i + 1], v[: i + 1], bias=bias))
+    return torch.cat(rows)
+
+
 def check(case: Case) -> None:
     group = SSPGroup(dist.group.WORLD if case.ranks > 1 else None)
     places = case.places
     pieces = [piece(case, p) for p in range(sum(len(p) for p in places))]
     queries = [q.clone().requires_grad_() for _, _, q in pieces]
-    table, expected = table_of(case), {}
+    table, decay, expected = table_of(case), decay_of(case), {}
     loss = table.sum() * 0 + sum(x.sum() * 0 for x in queries)
     for b in range(case.batch):
         sizes = [int(n[b]) for _, n, _ in pieces]
         keys = table[torch.cat([t[b, :n] for (t, _, _), n in zip(pieces, sizes, strict=True)])]
         q = torch.cat([x[b, :n] for x, n in zip(queries, sizes, strict=True)])
-        visible = torch.ones(len(q), len(q), dtype=torch.bool).tril()
-        out = attention_over_positions(q, keys[:, 0], keys[:, 1], visible=visible)
+        out = plain(q, keys[:, 0], keys[:, 1], decay)
         loss = loss + out.sin().sum()
         expected |= {(place, b): x for place, x in enumerate(out.split(sizes))}
-    loss.backward()
+    (loss + (0 if decay is None else decay.sum() * 0)).backward()
 
     mine = places[group.rank]
     tokens, lengths = (torch.stack([pieces[p][i] for p in mine], 1) for i in (0, 1))
     reader = pieces_of(tokens, lengths)
     q = torch.cat([pieces[p][2] for p in mine]).clone().requires_grad_()  # (P * B, L, H, D)
-    own = table_of(case)
+    own, slopes = table_of(case), decay_of(case)
     for _ in range(2):
         q.grad = own.grad = None
+        if slopes is not None:
+            slopes.grad = None
         plan = CausalRows.of(reader, HashOwners(group.size), group, places)
         k, v = own[plan.owned.space.tokens].unbind(1)
-        out, lse = causal_over_ranks(plan, reader.pack(q), k, v, chunk=case.chunk)
+        out, lse = causal_over_ranks(plan, reader.pack(q), k, v, decay=slopes, chunk=case.chunk)
         assert lse.shape == out.shape[:2]
         torch.testing.assert_close(
             out, torch.cat([expected[p, b] for p in mine for b in range(case.batch)]), rtol=0, atol=1e-10
         )
         (out.sin().sum() + own.sum() * 0).backward()
-        total = own.grad.clone()
-        if case.ranks > 1:
-            dist.all_reduce(total)
-        torch.testing.assert_close(total, table.grad, rtol=0, atol=1e-10)
+        for mine_of_it, whole in ((own, table), (slopes, decay)):
+            if mine_of_it is not None and whole is not None:
+                total = mine_of_it.grad.clone()
+                if case.ranks > 1:
+                    dist.all_reduce(total)
+                torch.testing.assert_close(total, whole.grad, rtol=0, atol=1e-10)
         torch.testing.assert_close(q.grad, torch.cat([queries[p].grad for p in mine]), rtol=0, atol=1e-10)
 
 
@@ -105,6 +124,7 @@ def cases(draw: Any, ranks: int) -> Case:
         longest=draw(st.integers(1, 6)),
         vocab=draw(st.sampled_from([1, 4, 40])),
         contiguous=draw(st.booleans()),
+        decay=draw(st.booleans()),
         chunk=draw(st.integers(1, 4)),
         empty_places=tuple(draw(st.sets(st.integers(0, places - 1)))),
     )
@@ -126,7 +146,8 @@ def test_ranks_equal_plain_causal_attention_over_joined_pieces(rank_pools: Any, 
     on_every_rank()
     case = Case(seed=1, ranks=ranks)
     for corner in ({"vocab": 1}, {"distinct": True}, {"empty_places": tuple(range(2 * ranks))}):
-        rank_pools(ranks).run(check, replace(case, **corner))
+        for decay in (False, True):
+            rank_pools(ranks).run(check, replace(case, decay=decay, **corner))
 
 
 def sent(length: int) -> tuple[dict[str, int], int]:
