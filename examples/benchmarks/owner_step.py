@@ -162,7 +162,7 @@ def measure(
         against = f"{times[name] / floor:.1f}" if name == "owner" else ""
         say(
             f"| {group.size} | {length} | {name} | {times[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against} | "
-            f"{sent[name] / 2**20:.2f} | {memory} |"
+            f"{sent[name] / 2**20:.4g} | {memory} |"
         )
     return times
 

@@ -58,7 +58,9 @@ def op_specs() -> list[OpSpec]:
         OpSpec("ta_cpu", "cpu", "cpu", operators=(*ROW_OPERATORS, *TARGET_OPERATORS)),
         OpSpec("ta_rows", "rows", "cuda", operators=ROW_OPERATORS),
         OpSpec("ta_weighted_attention", "weighted_attention", "cuda", architectures=("90a",)),
-        OpSpec("ta_target_attention", "target_attention", "cuda", operators=TARGET_OPERATORS, architectures=("80", "90a")),
+        OpSpec(
+            "ta_target_attention", "target_attention", "cuda", operators=TARGET_OPERATORS, architectures=("80", "90a")
+        ),
     ]
 
 
