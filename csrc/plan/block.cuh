@@ -16,11 +16,12 @@ struct BlockShape {
   static constexpr int bits(int n) { return n <= 1 ? 0 : 1 + bits(n / 2); }
   static constexpr int kDigitBits = (bits(kLongest) + 1) / 2, kDigits = 1 << kDigitBits;
   static constexpr int kCounters = kDigits * kWarps;
+  static constexpr int kStride = kDigits + 2;  // between the counters of two warps: neither digits nor warps share a bank
   // tokens, then the table; the table's memory serves the sort afterwards: sorted (4 bytes each), counters or starts (2 each)
   static constexpr size_t kTableAt = sizeof(int64_t) * kLongest;
   static constexpr size_t kSortedBytes = sizeof(uint32_t) * kLongest;
   static constexpr size_t kBytes = kTableAt + sizeof(uint32_t) * kSlots;
-  static_assert(kSlots * 4 >= kSortedBytes + 2 * kLongest && kSlots * 4 >= kSortedBytes + 2 * kCounters);
+  static_assert(kSlots * 4 >= kSortedBytes + 2 * kLongest && kSlots * 4 >= kSortedBytes + 2 * kStride * kWarps);
   static_assert(kLongest <= 1 << 15 && kCounters % kBlock == 0);
 };
 
@@ -58,7 +59,7 @@ template <class Shape>
 __device__ __forceinline__ void rank_items(const uint32_t (&key)[Shape::kItems], int shift, int iterations, int count,
                                            uint16_t* counters, uint16_t (&rank)[Shape::kItems]) {
   const int warp = threadIdx.x / 32;
-  for (int i = threadIdx.x; i < Shape::kCounters; i += Shape::kBlock) counters[i] = 0;
+  for (int i = threadIdx.x; i < Shape::kStride * Shape::kWarps; i += Shape::kBlock) counters[i] = 0;
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < Shape::kItems; ++j) {
@@ -72,7 +73,7 @@ __device__ __forceinline__ void rank_items(const uint32_t (&key)[Shape::kItems],
         const unsigned with = __ballot_sync(kFull, set);
         peers &= set ? with : ~with;
       }
-      uint16_t* counter = counters + digit * Shape::kWarps + warp;
+      uint16_t* counter = counters + warp * Shape::kStride + digit;
       const uint16_t base = valid ? *counter : 0;
       rank[j] = base + __popc(peers & lanes_below());
       __syncwarp();
@@ -87,15 +88,19 @@ template <class Shape>
 __device__ __forceinline__ void scan_counters(uint16_t* counters, int* shared) {
   constexpr int kEach = Shape::kCounters / Shape::kBlock;
   __syncthreads();
+  const auto at = [&](int i) -> uint16_t& {  // by digit, then by warp
+    const int n = threadIdx.x * kEach + i;
+    return counters[n % Shape::kWarps * Shape::kStride + n / Shape::kWarps];
+  };
   int mine[kEach], sum = 0, total;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     mine[i] = sum;
-    sum += counters[threadIdx.x * kEach + i];
+    sum += at(i);
   }
   const int before = block_exclusive(sum, shared, &total);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) counters[threadIdx.x * kEach + i] = uint16_t(before + mine[i]);
+  for (int i = 0; i < kEach; ++i) at(i) = uint16_t(before + mine[i]);
   __syncthreads();
 }
 
@@ -117,7 +122,11 @@ __global__ void __launch_bounds__(Shape::kBlock) block_kernel(const Occurrences 
   const int64_t sample = broadcast, occurrence = out.cu_occurrences[sample];
   const int count = int(out.cu_occurrences[sample + 1] - occurrence);
   const int64_t slot_begin = sample * x.length;
-  for (int i = threadIdx.x; i < count; i += Shape::kBlock) token[i] = x.tokens[slot_begin + i];
+#pragma unroll
+  for (int j = 0; j < Shape::kItems; ++j) {
+    const int i = j * Shape::kBlock + threadIdx.x;
+    if (i < count) token[i] = x.tokens[slot_begin + i];
+  }
   __syncthreads();
 
   // This warp's positions are [begin, begin + 32 * iterations).
@@ -217,7 +226,7 @@ __global__ void __launch_bounds__(Shape::kBlock) block_kernel(const Occurrences 
     for (int j = 0; j < Shape::kItems; ++j) {
       const int at = begin + j * 32 + lane();
       const uint32_t digit = item[j] >> shift & (Shape::kDigits - 1);
-      if (at < count) sorted[counters[digit * Shape::kWarps + warp] + rank[j]] = item[j];
+      if (at < count) sorted[counters[warp * Shape::kStride + digit] + rank[j]] = item[j];
     }
     __syncthreads();
     if (pass == 0) {

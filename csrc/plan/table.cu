@@ -15,18 +15,28 @@ struct Table {
   uint32_t* first;  // (capacity) an occurrence of the token that owns the slot: in the end its first
   int64_t capacity;
   uint32_t* slot;  // (slots) of each occurrence
-  uint32_t* rank;  // (slots) first occurrences up to and with this one
+  uint32_t* firsts;  // (slots / 32) bits: which occurrences are first
+  uint32_t* before;  // (slots / 32) first occurrences up to the end of each word
   uint32_t *keys, *keys_sorted, *values, *values_sorted;
   void* temporary;
   size_t temporary_bytes, bytes;
   int bits;
+
+  static int64_t words(const Occurrences& x) { return ceil_div(x.slots, 32); }
+
+  // First occurrences up to and with this one.
+  __device__ uint32_t rank(int64_t occurrence) const {
+    const int64_t word = occurrence / 32;
+    return (word > 0 ? before[word - 1] : 0) + __popc(firsts[word] & (0xffffffffu >> (31 - occurrence % 32)));
+  }
 
   static cudaError_t carve(const Occurrences& x, void* workspace, Table* table) {
     Carver carver{static_cast<char*>(workspace)};
     table->capacity = x.slots + x.slots / 2 + 32;
     table->first = carver.take<uint32_t>(table->capacity);
     table->slot = carver.take<uint32_t>(x.slots);
-    table->rank = carver.take<uint32_t>(x.slots);
+    table->firsts = carver.take<uint32_t>(words(x));
+    table->before = carver.take<uint32_t>(words(x));
     table->keys = carver.take<uint32_t>(x.slots);
     table->keys_sorted = carver.take<uint32_t>(x.slots);
     table->values = carver.take<uint32_t>(x.slots);
@@ -35,7 +45,7 @@ struct Table {
     size_t sorting, scanning = 0;
     TA_RETURN_IF_ERROR(sort_bytes(x.slots, table->bits, &sorting));
     uint32_t* none = nullptr;
-    TA_RETURN_IF_ERROR(cub::DeviceScan::InclusiveSum(nullptr, scanning, none, none, int(x.slots)));
+    TA_RETURN_IF_ERROR(cub::DeviceScan::InclusiveSum(nullptr, scanning, none, none, int(words(x))));
     table->temporary_bytes = sorting > scanning ? sorting : scanning;
     table->temporary = carver.take<char>(int64_t(table->temporary_bytes));
     table->bytes = carver.used;
@@ -89,16 +99,18 @@ __global__ void __launch_bounds__(kThreads) insert_kernel(const Occurrences x, c
 
 __global__ void __launch_bounds__(kThreads) first_kernel(const Occurrences x, const Unique out, const Table table) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < x.slots) table.rank[i] = i < out.sizes[kOccurrences] && table.first[table.slot[i]] == uint32_t(i);
+  const bool first = i < out.sizes[kOccurrences] && table.first[table.slot[i]] == uint32_t(i);
+  const unsigned word = __ballot_sync(kFull, first);
+  if (lane() == 0 && i < x.slots) table.firsts[i / 32] = word, table.before[i / 32] = __popc(word);
 }
 
 __global__ void __launch_bounds__(kThreads) number_kernel(const Occurrences x, const Unique out, const Table table) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t members = out.sizes[kOccurrences];
-  if (i == 0 && members > 0) out.sizes[kRows] = table.rank[members - 1];
+  if (i == 0 && members > 0) out.sizes[kRows] = table.rank(members - 1);
   if (i <= x.samples) {
     const int64_t bound = out.cu_occurrences[i];
-    out.cu_seqlens[i] = bound > 0 ? int32_t(table.rank[bound - 1]) : 0;
+    out.cu_seqlens[i] = bound > 0 ? int32_t(table.rank(bound - 1)) : 0;
   }
   if (i >= x.slots) return;
   table.values[i] = uint32_t(i);
@@ -106,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) number_kernel(const Occurrences x, c
     table.keys[i] = (uint64_t(1) << table.bits) - 1;
     return;
   }
-  const uint32_t first = table.first[table.slot[i]], row = table.rank[first] - 1;
+  const uint32_t first = table.first[table.slot[i]], row = table.rank(first) - 1;
   out.inverse[i] = row;
   table.keys[i] = row;
   if (first != i || row >= out.capacity) return;
@@ -153,7 +165,7 @@ cudaError_t table_unique(const Occurrences& x, const Unique& out, void* workspac
   size_t bytes = table.temporary_bytes;
   if (x.slots > 0)
     TA_RETURN_IF_ERROR(
-        cub::DeviceScan::InclusiveSum(table.temporary, bytes, table.rank, table.rank, int(x.slots), stream));
+        cub::DeviceScan::InclusiveSum(table.temporary, bytes, table.before, table.before, int(Table::words(x)), stream));
   number_kernel<<<over_slots, kThreads, 0, stream>>>(x, out, table);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (x.slots > 0)

@@ -70,10 +70,11 @@ def microseconds(works: list[Work], graph: bool = True, rounds: int = 15) -> flo
 
 
 def copy_bandwidth() -> float:
-    """Bytes per microsecond, read and written, of a copy of 1 GiB."""
-    a = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
+    """Bytes per microsecond, read and written, of a copy of 1 GiB: by the copy engine's memcpy or by a kernel, whichever is faster."""
+    a = torch.randn(2**28, device="cuda")
     b = torch.empty_like(a)
-    return 2 * a.numel() / microseconds([lambda: b.copy_(a)])
+    ways: list[Work] = [lambda: b.copy_(a), lambda: torch.neg(a, out=b)]
+    return 2 * a.nbytes / min(microseconds([way]) for way in ways)
 
 
 class CubSort:
@@ -137,7 +138,7 @@ def plan(table: Table, cub: CubSort, case: str, inputs: list[Tensor]) -> None:
     unique = microseconds(
         [lambda x=x: torch.unique(x, return_inverse=True, return_counts=True) for x in keys], graph=False, rounds=5
     )
-    ours = microseconds([lambda x=x: op.unique(x, full, slots) for x in inputs])
+    ours = microseconds([lambda x=x: op.unique(x, full, -1) for x in inputs])
     moved = 8 * (4 * slots + 3 * rows)
     table.row(case, "unique, a block per sample", ours, moved, CUB=sort, torch_unique=unique)
     bounds = torch.tensor([0, slots], device="cuda")
@@ -147,7 +148,7 @@ def plan(table: Table, cub: CubSort, case: str, inputs: list[Tensor]) -> None:
     )
     flat = [x.reshape(-1) for x in inputs]
     whole = [UniqueSpace.from_packed(x).num_rows for x in flat]
-    ours = microseconds([lambda x=x: op.unique(x, bounds, slots) for x in flat])
+    ours = microseconds([lambda x=x: op.unique(x, bounds, -1) for x in flat])
     table.row(case, "unique, one sample", ours, 8 * (3 * slots + 3 * whole[0]), CUB=sort, torch_unique=unique)
 
     owners = PermutedRows(2**ID_BITS, RANKS)
