@@ -16,12 +16,12 @@ part() {
   fi
 }
 
-part tests timeout 150 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_unique_space.py tests/attention/test_merge.py tests/test_cuda.py \
+part tests timeout 900 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_unique_space.py tests/attention/test_merge.py tests/test_cuda.py \
   --ignore tests/ops/test_builders.py
-if [ "${TA_BENCHMARK:-1}" = 1 ]; then part benchmark timeout 150 "$python" examples/benchmarks/ops.py; fi
+if [ "${TA_BENCHMARK:-1}" = 1 ]; then part benchmark timeout 600 "$python" examples/benchmarks/ops.py; fi
 # without torch's cache every tensor is an allocation of its own, whose ends memcheck knows
 for tool in memcheck racecheck; do
-  part $tool env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 \
+  part $tool env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 300 compute-sanitizer --tool $tool --error-exitcode 9 \
     --kernel-name-exclude kernel_substring=at:: "$python" tests/ops/small_shapes.py
 done
 exit $failed

@@ -128,7 +128,7 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
 
 Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
   TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 0, "ranks is ", ranks, " and vocab ", vocab, "; pass ranks >= 1, vocab >= 0");
-  const Tensor ids = int64s(ids_, "ids", 1);
+  const Tensor ids = int64s(ids_, "ids", ids_.dim());
   Tensor out = at::empty_like(ids);
   const int64_t* id = ids.const_data_ptr<int64_t>();
   int64_t* owner = out.mutable_data_ptr<int64_t>();

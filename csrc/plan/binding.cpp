@@ -58,7 +58,7 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t rows) {
 
 Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
   TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 0, "ranks is ", ranks, " and vocab ", vocab, "; pass ranks >= 1, vocab >= 0");
-  const Tensor ids = int64s(ids_, "ids", 1, ids_);
+  const Tensor ids = int64s(ids_, "ids", ids_.dim(), ids_);
   const c10::cuda::CUDAGuard guard(ids.device());
   Tensor out = at::empty_like(ids);
   C10_CUDA_CHECK(plan::owners(ids.const_data_ptr<int64_t>(), ids.numel(), ranks, vocab, multiplier,

@@ -1,20 +1,13 @@
 // What both ways to find distinct tokens share: block scans, extents, and the tails of the outputs.
 #pragma once
 
+#include "../host.h"
 #include "api.h"
-
-#define TA_RETURN_IF_ERROR(expression)                     \
-  do {                                                     \
-    const cudaError_t error = (expression);                \
-    if (error != cudaSuccess) return error;                \
-  } while (0)
 
 namespace plan {
 
 constexpr unsigned kFull = 0xffffffffu;
 constexpr int kThreads = 256;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane()) - 1; }
