@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ta_plugin.ops.planning import OWNERS, PARTITION
 from ta_plugin.parallel import SSPGroup, all_to_all_rows
 
 _MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
@@ -29,15 +30,8 @@ class HashOwners:
     num_ranks: int
 
     def owner_of(self, ids: Tensor) -> Tensor:
-        # splitmix64's finaliser (Steele, Lea, Flood 2014); torch's int64 product wraps, its shift is arithmetic
-        x = ids
-        for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
-            x = (x ^ _logical_shift(x, shift)) * multiplier
-        return _logical_shift(x ^ _logical_shift(x, 31), 1) % self.num_ranks
-
-
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+        owner: Tensor = OWNERS(ids, self.num_ranks, 0, 0)
+        return owner
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,8 @@ class PermutedRows:
         return rows * pow(self.multiplier, -1, self.vocab_size) % self.vocab_size
 
     def owner_of(self, ids: Tensor) -> Tensor:
-        return self.permute(ids) // self.rows_per_rank
+        owner: Tensor = OWNERS(ids, self.num_ranks, self.vocab_size, self.multiplier)
+        return owner
 
     def local_row(self, ids: Tensor) -> Tensor:
         """The row within its owner's shard."""
@@ -120,8 +115,7 @@ class Route:
         batch_sizes: B of every rank, from the header
         """
         batch = cu_seqlens.numel() - 1
-        samples = torch.repeat_interleave(cu_seqlens.diff().long(), output_size=owner.numel())
-        sizes = torch.bincount(owner * batch + samples, minlength=group.size * batch).view(group.size, batch)
+        order, sizes = PARTITION(owner, cu_seqlens.long(), group.size)
         received = all_to_all_rows(sizes.reshape(-1), [batch] * group.size, batch_sizes, group, "sizes")
         bounds = torch.zeros(received.numel() + 1, dtype=torch.int64, device=owner.device)
         torch.cumsum(received, 0, out=bounds[1:])
@@ -131,7 +125,6 @@ class Route:
             ends = torch.tensor(batch_sizes, device=owner.device).cumsum(0)
             totals = torch.cat([sizes.sum(1), bounds[ends].diff(prepend=bounds[:1])]).tolist()
             send, receive = totals[: group.size], totals[group.size :]
-        order = owner.argsort(stable=True)
         return cls(group, order, sizes, bounds.int(), send, receive)
 
     def together(self, batch: int, pieces: int = 1) -> tuple[Tensor, Tensor]:

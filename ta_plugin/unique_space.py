@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ta_plugin.ops import Segments, expand, segment_logsumexp, segment_sum
+from ta_plugin.ops import Segments, UniqueRows, expand, segment_logsumexp, segment_sum, unique_rows
 
 _INT32_MAX = 2**31 - 1
-_NO_TOKEN = torch.iinfo(torch.int64).max  # sorts behind every token; ids are at most 2**63 - 2
 
 
 @dataclass(frozen=True)
@@ -44,32 +43,21 @@ class UniqueSpace:
     @classmethod
     def from_padded(cls, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
         """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored."""
-        valid, slots, cu_occurrences = _valid_slots(tokens, lengths)
-        batch, length = tokens.shape
-        # One sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order.
-        keys, rank_to_position = tokens.masked_fill(~valid, _NO_TOKEN).sort(dim=1, stable=True)
-        occurrence = (rank_to_position + cu_occurrences[:-1, None]).reshape(-1)[slots]
-        starts = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-        starts[:, 1:] = keys[:, 1:] != keys[:, :-1]
-        packed = tokens.reshape(-1)[slots]
-        space = cls._from_sorted(packed, occurrence, starts.reshape(-1)[slots], cu_occurrences)
-        return replace(space, slots=slots, padded_length=length)
+        _check_padded(tokens, lengths)
+        found = unique_rows(tokens, lengths)
+        if not found.well_formed:
+            raise _bad_lengths(found.lowest, found.highest, tokens.shape[1])
+        return replace(cls._of(found), slots=found.slots, padded_length=tokens.shape[1])
 
     @classmethod
     def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None) -> UniqueSpace:
         """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample."""
         _check_int64("tokens", tokens, 1)
         bounds = _bounds(tokens, cu_seqlens)
-        keys, order = tokens.sort(stable=True)
-        starts = torch.ones_like(tokens, dtype=torch.bool)
-        if bounds.numel() == 2:
-            starts[1:] = keys[1:] != keys[:-1]
-        else:  # a second stable sort brings samples together and keeps each one's tokens sorted
-            samples = torch.repeat_interleave(bounds.diff(), output_size=tokens.numel())
-            keys_sample, by_sample = samples[order].sort(stable=True)
-            keys, order = keys[by_sample], order[by_sample]
-            starts[1:] = (keys[1:] != keys[:-1]) | (keys_sample[1:] != keys_sample[:-1])
-        return cls._from_sorted(tokens, order, starts, bounds)
+        found = unique_rows(tokens, bounds)
+        if not found.well_formed:
+            raise _bad_bounds(tokens, bounds)
+        return cls._of(found)
 
     @classmethod
     def of_occurrences(
@@ -81,42 +69,22 @@ class UniqueSpace:
         """
         slots, length = None, None
         if lengths is not None:
-            _, slots, bounds = _valid_slots(tokens, lengths)
+            slots, bounds = _valid_slots(tokens, lengths)
             tokens, length = tokens.reshape(-1)[slots], tokens.shape[1]
         else:
             _check_int64("tokens", tokens, 1)
-            bounds = _bounds(tokens, cu_seqlens)
+            bounds = _checked_bounds(tokens, cu_seqlens)
         each = torch.arange(tokens.numel(), device=tokens.device)
         segments = Segments(each, each, torch.arange(tokens.numel() + 1, device=tokens.device))
         return cls(tokens, bounds.int(), torch.ones_like(tokens), bounds, segments, slots, length)
 
     @classmethod
-    def _from_sorted(cls, tokens: Tensor, order: Tensor, starts: Tensor, cu_occurrences: Tensor) -> UniqueSpace:
-        """From occurrences (M,) `order`ed by (sample, token, position), `starts` marking the first of each token."""
-        members = tokens.numel()
-        begin = starts.nonzero().squeeze(1)  # the one size that must reach the host
-        rows = begin.numel()
+    def _of(cls, found: UniqueRows) -> UniqueSpace:
+        rows = found.distinct.numel()
         if rows > _INT32_MAX:
             raise ValueError(f"tokens hold {rows} distinct rows; cu_seqlens is int32, so split the batch below 2**31")
-        group = starts.cumsum(0) - 1
-        first = order[begin]
-        is_first = torch.zeros(members, dtype=torch.bool, device=tokens.device)
-        is_first[first] = True
-        rows_before = torch.zeros(members + 1, dtype=torch.int64, device=tokens.device)
-        torch.cumsum(is_first, 0, out=rows_before[1:])
-        row_of_group = rows_before[first]  # first-occurrence order: the rows that begin earlier
-
-        sizes = torch.diff(begin, append=begin.new_tensor([members]))
-        counts = torch.empty_like(sizes)
-        counts[row_of_group] = sizes
-        offsets = torch.zeros(rows + 1, dtype=torch.int64, device=tokens.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        row = row_of_group[group]
-        inverse, by_row = torch.empty_like(order), torch.empty_like(order)
-        inverse[order] = row
-        by_row[offsets[row] + torch.arange(members, device=tokens.device) - begin[group]] = order
-        cu_seqlens = rows_before[cu_occurrences].int()
-        return cls(tokens[is_first], cu_seqlens, counts, cu_occurrences, Segments(inverse, by_row, offsets))
+        segments = Segments(found.inverse, found.order, found.offsets)
+        return cls(found.distinct, found.cu_seqlens, found.counts, found.cu_occurrences, segments)
 
     @property
     def num_samples(self) -> int:
@@ -262,29 +230,49 @@ def _check_int64(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {dim} dimension{'s' if dim > 1 else ''}")
 
 
-def _valid_slots(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mask of valid slots (B, L), their flat indices (M,), and the bounds of samples (B + 1,) among them."""
+def _check_padded(tokens: Tensor, lengths: Tensor) -> None:
     _check_int64("tokens", tokens, 2)
     _check_int64("lengths", lengths, 1)
     if lengths.shape[0] != tokens.shape[0]:
         raise ValueError(f"lengths has {lengths.shape[0]} entries for {tokens.shape[0]} samples; pass one per sample")
-    if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
-        raise ValueError(
-            f"lengths lie in [{int(lengths.min())}, {int(lengths.max())}]; they must lie in [0, L] with L = {tokens.shape[1]}"
-        )
+
+
+def _bad_lengths(lowest: int, highest: int, length: int) -> ValueError:
+    return ValueError(f"lengths lie in [{lowest}, {highest}]; they must lie in [0, L] with L = {length}")
+
+
+def _valid_slots(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices (M,) of the valid slots of (B, L), and the bounds of samples (B + 1,) among them."""
+    _check_padded(tokens, lengths)
+    if lengths.numel():
+        lowest, highest = torch.stack(lengths.aminmax()).tolist()
+        if not 0 <= lowest <= highest <= tokens.shape[1]:
+            raise _bad_lengths(lowest, highest, tokens.shape[1])
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     bounds = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=tokens.device)
     torch.cumsum(lengths, 0, out=bounds[1:])
-    return valid, valid.reshape(-1).nonzero().squeeze(1), bounds
+    return valid.reshape(-1).nonzero().squeeze(1), bounds
 
 
 def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return torch.tensor([0, tokens.numel()], device=tokens.device)
-    bounds = cu_seqlens.long()
-    ends = (int(bounds[0]), int(bounds[-1])) if bounds.numel() else (None, None)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise _bad_bounds(tokens, cu_seqlens)
+    return cu_seqlens.long()
+
+
+def _checked_bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    bounds = _bounds(tokens, cu_seqlens)
+    ends = (int(bounds[0]), int(bounds[-1]))
     if ends != (0, tokens.numel()) or bool((bounds.diff() < 0).any()):
-        raise ValueError(
-            f"cu_seqlens runs from {ends[0]} to {ends[1]}; it must rise from 0 to the number of tokens, {tokens.numel()}"
-        )
+        raise _bad_bounds(tokens, bounds)
     return bounds
+
+
+def _bad_bounds(tokens: Tensor, bounds: Tensor) -> ValueError:
+    flat = bounds.reshape(-1)
+    first, last = (int(flat[0]), int(flat[-1])) if flat.numel() else (None, None)
+    return ValueError(
+        f"cu_seqlens runs from {first} to {last}; it must rise from 0 to the number of tokens, {tokens.numel()}"
+    )

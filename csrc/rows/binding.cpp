@@ -60,7 +60,8 @@ Tensor fold(const Tensor& values_, const Tensor& index, const Tensor& order, con
   const Tensor values = rows_of(values_, "values");
   const c10::cuda::CUDAGuard guard(values.device());
   const int64_t members = values.size(0), width = width_of(values);
-  TORCH_CHECK_VALUE(members < (int64_t(1) << 31), "values has ", members, " rows; pass fewer than 2**31");
+  TORCH_CHECK_VALUE(members < (int64_t(1) << 31) - 256 && offsets.size(0) < (int64_t(1) << 31), "values has ", members,
+                    " rows for ", offsets.size(0) - 1, " segments; pass fewer than 2**31 - 256");
   const rows::Segments segments{indices(index, "index", values, members), indices(order, "order", values, members),
                                 indices(offsets, "offsets", values, -1), members, offsets.size(0) - 1};
   const rows::Type type = type_of(values.scalar_type());

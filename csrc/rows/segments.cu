@@ -8,22 +8,25 @@ template <typename T, int kVector, template <typename> class State>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
   using Kernel = FoldKernel<T, kVector, State>;
   const bool many_empty = s.segments > 2 * s.members;  // then nobody walks along runs of them
-  const Kernel k{values, s, width, out, static_cast<Wide<T>*>(workspace), many_empty};
   const int lanes = lanes_for(width / kVector);
+  // enough threads to fill a GPU, then tiles as long as they may be; no result depends on their length
+  const int64_t tile = std::clamp<int64_t>(s.members * lanes / (1 << 18), kShortestTile, kLongestTile);
+  const Kernel k{values, s, width, out, static_cast<Wide<T>*>(workspace), tile, many_empty};
   const unsigned columns = unsigned(ceil_div(width / kVector, lanes));
   const dim3 threads(lanes, kFoldThreads / lanes);
   const auto grid = [&](int64_t groups, int64_t per_block) { return dim3(unsigned(ceil_div(groups, per_block)), columns); };
   if (many_empty) empty_kernel<<<grid(s.segments, threads.y), threads, 0, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (s.members == 0) return cudaSuccess;
-  const int64_t tiles = ceil_div(s.members, kTile), pieces = ceil_div(s.members, kPiece);
+  const int64_t tiles = ceil_div(s.members, tile), pieces = ceil_div(s.members, kPiece);
   cool_kernel<<<grid(tiles, threads.y), threads, 0, stream>>>(k, tiles);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (s.members <= kPiece) return cudaSuccess;
-  hot_kernel<<<grid(pieces, threads.y), threads, 0, stream>>>(k, pieces);
+  constexpr size_t kShared = sizeof(typename Kernel::Accumulator);
+  hot_kernel<<<grid(pieces, threads.y), threads, kFoldThreads * kShared, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  combine_kernel<<<grid(pieces, kPiecesPerBlock), dim3(lanes, kCombineThreads / lanes),
-                   kCombineThreads * sizeof(typename Kernel::Accumulator), stream>>>(k);
+  combine_kernel<<<grid(pieces, kPiecesPerBlock), dim3(lanes, kCombineThreads / lanes), kCombineThreads * kShared,
+                   stream>>>(k, int(threads.y));
   return cudaGetLastError();
 }
 

@@ -6,13 +6,8 @@
 
 #include <algorithm>
 
+#include "../host.h"
 #include "api.h"
-
-#define TA_RETURN_IF_ERROR(expression)                     \
-  do {                                                     \
-    const cudaError_t error = (expression);                \
-    if (error != cudaSuccess) return error;                \
-  } while (0)
 
 namespace rows {
 
@@ -75,7 +70,5 @@ inline int lanes_for(int64_t vectors) {
   while (lanes < 32 && lanes < vectors) lanes *= 2;
   return lanes;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace rows

@@ -34,8 +34,8 @@ __device__ __forceinline__ float rescale(float from, float to) {
 template <typename T, int kDim, int kGroups, bool kOneTable>
 class MmaForward {
  public:
-  using Shape = TileShape<T, kDim, kDim*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, kDim <= 128 ? 3 : 2, kOneTable>;
-  static constexpr int kRows = 16 * kGroups, kBlocks = kDim * kGroups <= 128 ? 2 : 1;
+  using Shape = TileShape<T, kDim, kDim*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, kDim * kGroups <= 128 ? 3 : 2, kOneTable>;
+  static constexpr int kRows = 16 * kGroups, kBlocks = 2;
 
   __device__ MmaForward(const Problem& p, const QueryRows& rows, int first, const T* q)
       : p_(p), q_(q), weights_(p, rows, first) {

@@ -104,6 +104,7 @@ class PairWeights {
     for (int step = 4; step < 32; step *= 2) absent &= __shfl_xor_sync(~0u, absent, step);
     if (__ballot_sync(~0u, absent != 0) == 0) return;
     const int lane = threadIdx.x % 32;
+    __syncwarp();  // the scores have read these rows
     for (int column = 0; column < Shape::kTile; ++column) {
       const uint32_t bits = __shfl_sync(~0u, absent, column % 8 / 2);
       if ((bits >> (column / 8 * 2 + column % 2) & 1) == 0) continue;

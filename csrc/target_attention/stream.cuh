@@ -145,11 +145,6 @@ class KeyStream {
     first_ = chunk.begin + int(threadIdx.x) / 32 * Shape::kTile;
     constexpr int kStep = kWarps * Shape::kTile;
     tiles_ = first_ < end_ ? (end_ - first_ + kStep - 1) / kStep : 0;
-    if (p.head_dim < Shape::kDim)  // columns that no copy reaches
-      for (int s = 0; s < Shape::kStages; ++s)
-        for (int i = threadIdx.x % 32; i < int(sizeof(stages[s].rows) / 16); i += 32)
-          reinterpret_cast<uint4*>(stages[s].rows)[i] = make_uint4(0, 0, 0, 0);
-    __syncwarp();
     peek();
     for (int s = 0; s + 1 < Shape::kStages; ++s) issue();
   }
@@ -198,12 +193,11 @@ class KeyStream {
       for (int i = 0; i < Shape::kTile * kPieces / 32; ++i) {
         const int piece = (i * 32 + lane) % kPieces, slot = (i * 32 + lane) / kPieces;
         const int row = __shfl_sync(~0u, read, slot);
-        if (piece * 16 < p_.head_dim * int(sizeof(T))) {
-          const int64_t from = (int64_t(max(row, 0)) * p_.heads_kv + head_) * p_.head_dim + piece * (16 / sizeof(T));
-          const int to = slot * Shape::kStride + piece * (16 / sizeof(T));
-          copy_async(stage.k() + to, static_cast<const T*>(p_.k_table) + from, row >= 0);
-          if (!Shape::kOneTable) copy_async(stage.v() + to, static_cast<const T*>(p_.v_table) + from, row >= 0);
-        }
+        const bool inside = piece * 16 < p_.head_dim * int(sizeof(T));  // zeros beyond: a product takes whole columns
+        const int column = piece * int(16 / sizeof(T)), to = slot * Shape::kStride + column;
+        const int64_t from = (int64_t(max(row, 0)) * p_.heads_kv + head_) * p_.head_dim + (inside ? column : 0);
+        copy_async(stage.k() + to, static_cast<const T*>(p_.k_table) + from, inside && row >= 0);
+        if (!Shape::kOneTable) copy_async(stage.v() + to, static_cast<const T*>(p_.v_table) + from, inside && row >= 0);
       }
       ++issued_;
       peek();

@@ -32,7 +32,7 @@ def median_ms(works: dict[str, Callable[[], None]], rounds: int, device: torch.d
                 continue
             torch.cuda.synchronize()
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(200_000)  # cycles, so that the host is ahead and its launches are not timed
+            torch.cuda._sleep(5_000_000)  # cycles: the host gets ahead, and its launches are not timed
             begin.record()
             work()
             end.record()

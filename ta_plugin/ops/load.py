@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ta_plugin.ops.merging import MERGE, MERGE_BACKWARD
+from ta_plugin.ops.planning import OWNERS, PARTITION, UNIQUE
 from ta_plugin.ops.registry import Operator, define, is_compiled, load_extension
 from ta_plugin.ops.segments import EXPAND, SEGMENT_LOGSUMEXP, SEGMENT_SUM
 from ta_plugin.ops.target import TARGET_ATTENTION, TARGET_ATTENTION_BACKWARD
@@ -35,8 +36,9 @@ class LoadedOp:
 def operators() -> dict[str, Operator]:
     """Every operator under torch.ops.ta_plugin, by name."""
     rows = (SEGMENT_SUM, SEGMENT_LOGSUMEXP, EXPAND, MERGE, MERGE_BACKWARD)
+    plan = (UNIQUE, OWNERS, PARTITION)
     attention = (TARGET_ATTENTION, TARGET_ATTENTION_BACKWARD)
-    return {op.name: op for op in (*rows, *attention)}
+    return {op.name: op for op in (*rows, *plan, *attention)}
 
 
 def load_op(name: str, *, device: Literal["cpu", "cuda"] = "cpu", compile: bool = True) -> LoadedOp:

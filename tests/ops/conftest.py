@@ -11,8 +11,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from ta_plugin.ops import load_op, operators
 
+DEVICES = os.environ.get("TA_TEST_DEVICES", "cpu cuda" if torch.cuda.is_available() else "cpu").split()
 
-@pytest.fixture(scope="session", params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Every device of this machine, with every operator compiled for it."""
     device: str = request.param

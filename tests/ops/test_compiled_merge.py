@@ -96,7 +96,7 @@ def test_strided_partials_are_read_right(device: str) -> None:
 
 
 def test_shapes_that_do_not_fit_are_named(device: str) -> None:
-    with pytest.raises(ValueError, match="pass \\(N, Q, H, D\\)"):
+    with pytest.raises(ValueError, match=r"pass \(N, Q, H, D\)"):
         merge(torch.zeros(2, 3, 1, 4, device=device), torch.zeros(2, 3, 2, device=device))
     with pytest.raises(ValueError, match="no partials"):
         merge(torch.zeros(0, 3, 1, 4, device=device), torch.zeros(0, 3, 1, device=device))

@@ -96,9 +96,9 @@ def run(case: Case, backend: str = "compiled") -> dict[str, Tensor]:
 
 
 def gradients(case: Case, leaves: list[Any], out: Tensor, lse: Tensor | None) -> dict[str, Tensor]:
-    loss = (out.double() * case.grads[0].double()).sum()
+    loss = (out.double() * case.grads[0].to(out.device).double()).sum()
     if lse is not None:
-        loss = loss + (lse.where(lse > -torch.inf, 0.0).double() * case.grads[1].double()).sum()
+        loss = loss + (lse.where(lse > -torch.inf, 0.0).double() * case.grads[1].to(lse.device).double()).sum()
     given = [x for x in leaves if x is not None]
     found = (
         iter(torch.autograd.grad(loss, given, allow_unused=True))

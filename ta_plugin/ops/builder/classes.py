@@ -97,8 +97,24 @@ class CUDABuilder(_Builder, CUDAOpBuilder):
 
     def nvcc_args(self) -> list[str]:
         # DeepSpeed's parser of architecture lists takes no "9.0a", and has no defaults for CUDA 13
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.spec.architectures]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self._architectures()]
         return ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *codes]
+
+    def _architectures(self) -> tuple[str, ...]:
+        """TA_CUDA_ARCHITECTURES ("90a;100") of those in the spec; just in time, the one of the GPU here; otherwise all."""
+        known = self.spec.architectures
+        wanted = os.environ.get("TA_CUDA_ARCHITECTURES")
+        if wanted is not None:
+            chosen = tuple(a for a in known if a in wanted.split(";"))
+            if not chosen:
+                raise RuntimeError(
+                    f"TA_CUDA_ARCHITECTURES is {wanted!r}; {self.spec.name} builds for {';'.join(known)}"
+                )
+            return chosen
+        if not self.jit_mode or not torch.cuda.is_available():
+            return known
+        here = "{}{}".format(*torch.cuda.get_device_capability())
+        return tuple(a for a in known if a.rstrip("a") == here) or known
 
     def jit_load(self, verbose: bool = True) -> Any:
         with _environment("TORCH_CUDA_ARCH_LIST", torch_architectures(self.spec)):

@@ -1,0 +1,52 @@
+// The plan of a batch: distinct tokens per sample, owners, and the stable partition by owner. Raw device pointers and a stream,
+// nothing of torch. Every call is asynchronous, allocates nothing and can be captured in a CUDA graph.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace plan {
+
+// tokens: padded (samples, length) with lengths (samples) in `extents`, or packed (slots) with bounds (samples + 1).
+struct Occurrences {
+  const int64_t* tokens;
+  const int64_t* extents;
+  int64_t samples, length, slots;
+  bool padded;
+};
+
+enum Size { kOccurrences, kRows, kLowest, kHighest, kWellFormed, kSizes };
+
+// Rows are the distinct tokens of each sample by first occurrence; M occurrences and U rows are known on the device only.
+// Row outputs have room for `capacity`; where U is larger, rows past it are not written.
+struct Unique {
+  int64_t* distinct;        // (capacity)
+  int32_t* cu_seqlens;      // (samples + 1)
+  int64_t* counts;          // (capacity)
+  int64_t* cu_occurrences;  // (samples + 1)
+  int64_t* inverse;         // (slots) row of each occurrence
+  int64_t* order;           // (slots) occurrences by row, ascending within one
+  int64_t* offsets;         // (capacity + 1)
+  int64_t* slots;           // (slots) of the occurrences in the padded grid; null for packed input
+  int64_t* sizes;           // (kSizes) M, U, the lowest and highest length, and whether the extents make sense (else M = U = 0)
+  int64_t capacity;
+  bool fill;  // what lies past M and U: 0, and M for offsets
+};
+
+// Whether samples fit into a thread block's shared memory (padded, up to 16384 long) on the current device.
+cudaError_t fits_block(const Occurrences& x, bool* fits);
+cudaError_t unique_workspace_bytes(const Occurrences& x, bool in_block, size_t* bytes);
+cudaError_t unique(const Occurrences& x, const Unique& out, bool in_block, void* workspace, cudaStream_t stream);
+
+// Owners of ids (n): (id * multiplier mod vocab) / ceil(vocab / ranks), or a hash mod ranks where vocab is 0.
+cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
+                   cudaStream_t stream);
+
+// Items by owner, stable: order (n); rankwise_sizes (ranks, samples): items of each sample (bounds of samples + 1) and owner.
+cudaError_t partition_workspace_bytes(int64_t n, int64_t ranks, size_t* bytes);
+cudaError_t partition(const int64_t* owner, const int64_t* bounds, int64_t n, int64_t samples, int64_t ranks,
+                      int64_t* order, int64_t* rankwise_sizes, void* workspace, cudaStream_t stream);
+
+}  // namespace plan

@@ -1,0 +1,51 @@
+// Launches the way of one block per sample.
+#include "launch.h"
+#include "block.cuh"
+
+namespace plan {
+namespace {
+
+using Short = BlockShape<128, 8, 2048>;
+using Middle = BlockShape<512, 8, 8192>;
+using Long = BlockShape<1024, 16, 24576>;  // 224 KB: what a Hopper block can have
+
+template <class Shape>
+cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
+  const auto kernel = block_kernel<Shape>;
+  TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Shape::kBytes)));
+  kernel<<<unsigned(x.samples), Shape::kBlock, Shape::kBytes, stream>>>(
+      x, out, states, reinterpret_cast<unsigned long long*>(states + x.samples));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t fits_block(const Occurrences& x, bool* fits) {
+  int device, bytes;
+  TA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  TA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const size_t static_bytes = 1024;
+  *fits = x.padded && x.samples < (int64_t(1) << 31) &&
+          (x.length <= Middle::kLongest ||
+           (x.length <= Long::kLongest && Long::kBytes + static_bytes <= size_t(bytes)));
+  return cudaSuccess;
+}
+
+size_t block_workspace_bytes(const Occurrences& x) { return sizeof(uint64_t) * (x.samples + 1); }
+
+cudaError_t block_unique(const Occurrences& x, const Unique& out, void* workspace, cudaStream_t stream) {
+  uint64_t* states = static_cast<uint64_t*>(workspace);
+  extents_kernel<<<1, kExtentThreads, 0, stream>>>(x, out, states, x.samples + 1);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+  if (x.samples > 0) {
+    if (x.length <= Short::kLongest)
+      TA_RETURN_IF_ERROR(launch<Short>(x, out, states, stream));
+    else if (x.length <= Middle::kLongest)
+      TA_RETURN_IF_ERROR(launch<Middle>(x, out, states, stream));
+    else
+      TA_RETURN_IF_ERROR(launch<Long>(x, out, states, stream));
+  }
+  return fill_tails(x, out, stream);
+}
+
+}  // namespace plan

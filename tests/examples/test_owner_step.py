@@ -1,0 +1,30 @@
+"""The owner-step benchmark runs on CPU ranks: it checks its three ways against each other, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_ranks_print_every_way_and_weak_scaling() -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(ROOT / "examples/benchmarks/owner_step.py"), "--batch", "3", "--lengths", "48", "--vocab", "300", "--dim", "16",
+        "--targets", "2", "--rounds", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    sent = {
+        (int(ranks), way): float(mib)
+        for ranks, way, mib in re.findall(r"^\| (\d+) \| 48 \| (\w+) \|(?:[^|]*\|){5} ([\d.e-]+) \|", done.stdout, re.M)
+    }
+    assert sent.keys() == {(n, way) for n in (1, 2) for way in ("dense", "unique", "owner")}, done.stdout
+    assert all(sent[1, way] == 0 for way in ("dense", "unique", "owner"))
+    assert 0 < sent[2, "unique"] < sent[2, "dense"] and sent[2, "owner"] > 0
+    assert re.search(r"weak scaling, 2 ranks, L=48: dense \d+%, unique \d+%, owner \d+%", done.stdout)

@@ -1,0 +1,55 @@
+"""Every operator once on small shapes: what compute-sanitizer watches (tests/gpu.sh). Not a test: it checks sizes only."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from ta_plugin.ops import Segments, expand, load_op, merge_partials, operators, segment_logsumexp, segment_sum
+
+
+def plans(device: str) -> None:
+    op = torch.ops.ta_plugin
+    for samples, length in ((3, 70), (2, 1500), (2, 5000), (1, 16384), (2, 17000)):
+        tokens = (torch.arange(samples * length) * 2654435761 % 997).view(samples, length)
+        tokens[:, ::3] = 7  # a hot token
+        lengths = torch.tensor([length, *[length // 2] * (samples - 1)], device=device)
+        for rows in (-1, samples * length):
+            found = op.unique(tokens.to(device), lengths, rows)
+            assert int(found[-1][0]) == int(lengths.sum())
+        bounds = torch.arange(samples + 1, device=device) * length
+        flat = op.unique(tokens.view(-1).to(device), bounds, -1)
+        assert int(flat[-1][0]) == samples * length
+        owner = op.owners(flat[0], 3, 1009, 7)
+        order, sizes = op.partition(owner, torch.tensor([0, owner.numel()], device=device), 3)
+        assert int(sizes.sum()) == order.numel()
+    distinct = torch.arange(2000, device=device).view(1, 2000)
+    assert int(op.unique(distinct, torch.tensor([2000], device=device), 2000)[-1][1]) == 2000
+    assert op.owners(distinct.view(-1), 5, 0, 0).max() < 5
+
+
+def rows(device: str) -> None:
+    for sizes in ([0, 3, 1, 0, 33, 1000, 0], [1] * 90, [0] * 50 + [2], [700, 0, 300]):
+        index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        index = index[torch.randperm(index.numel())]
+        segments = Segments(*(x.to(device) for x in Segments.from_index(index, len(sizes)).tensors()))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for width in (1, 3, 128, 300):
+                values = torch.ones(index.numel(), width).to(device, dtype).requires_grad_()
+                (segment_sum(values, segments) + segment_logsumexp(values, segments).nan_to_num()).sum().backward()
+                assert expand(segment_sum(values, segments), segments).shape == values.shape
+    for dim in (7, 64, 128):
+        outs = torch.ones(3, 5, 2, dim).to(device).requires_grad_()
+        lses = torch.zeros(3, 5, 2).to(device).requires_grad_()
+        out, lse = merge_partials(outs, lses, torch.bfloat16)
+        (out.float().sum() + lse.sum()).backward()
+
+
+if __name__ == "__main__":
+    for name in operators():
+        assert load_op(name, device="cuda").implementation == "compiled"
+    plans("cuda")
+    rows("cuda")
+    torch.cuda.synchronize()
+    print("every operator ran", file=sys.stderr)

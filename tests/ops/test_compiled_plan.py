@@ -1,0 +1,212 @@
+"""Compiled distinct tokens, owners and partition against their torch forms and plain Python, on every device there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ta_plugin import UniqueSpace
+from ta_plugin.routing import HashOwners, PermutedRows
+
+Ops = Callable[[str], Any]
+ids = st.one_of(st.integers(0, 3), st.integers(0, 2**62), st.sampled_from([2**62, 2**62 - 1, 2**63 - 2, 0]))
+batches = st.lists(st.lists(ids, max_size=12), max_size=6)
+NAMES = ("distinct", "cu_seqlens", "counts", "cu_occurrences", "inverse", "order", "offsets", "slots", "sizes")
+
+
+def zipf(samples: int, length: int, vocab: int, seed: int = 0) -> Tensor:
+    """(samples, length) ids whose frequencies fall like 1 / rank, spread over 62 bits."""
+    g = torch.Generator().manual_seed(seed)
+    ranks = (vocab ** torch.rand(samples, length, generator=g, dtype=torch.float64)).long() - 1
+    return ranks * 1099511627689 % 2**62
+
+
+def kinds(length: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Padded batches of one length: tokens (B, L), lengths (B,)."""
+    full = torch.full((3,), length)
+    return {
+        "zipf": (zipf(3, length, 5 * length + 1), torch.tensor([length, max(length - 7, 0), 0])),
+        "one hot token": (torch.full((3, length), 2**62), full),
+        "all distinct": (torch.arange(3 * length).view(3, length) * 3, full),
+        "none": (zipf(3, length, 9), torch.zeros(3, dtype=torch.int64)),
+    }
+
+
+def trimmed(found: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What was found, without the room to spare behind it."""
+    by_name = dict(zip(NAMES, (x.cpu() for x in found), strict=True))
+    members, rows = by_name["sizes"][:2].tolist()
+    ends = {
+        "distinct": rows,
+        "counts": rows,
+        "offsets": rows + 1,
+        "inverse": members,
+        "order": members,
+        "slots": members,
+    }
+    return {name: x[: ends.get(name, x.numel())] for name, x in by_name.items()}
+
+
+def same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for (name, got), want in zip(trimmed(ours).items(), trimmed(expected).values(), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want), name
+
+
+@given(batches, st.integers(0, 3), st.booleans())
+def test_compiled_equals_plain_torch(
+    device: str, compiled: Ops, plain: Ops, samples: list[list[int]], extra: int, packed: bool
+) -> None:
+    lengths = torch.tensor([len(s) for s in samples], dtype=torch.int64)
+    width = int(lengths.max()) + extra if samples else extra
+    if packed:
+        tokens = torch.tensor([t for s in samples for t in s], dtype=torch.int64)
+        extents = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    else:
+        tokens = torch.tensor([s + [s[0] if s else 1] * (width - len(s)) for s in samples], dtype=torch.int64)
+        tokens, extents = tokens.view(len(samples), width), lengths
+    same(compiled("unique")(tokens.to(device), extents.to(device), -1), plain("unique")(tokens, extents, -1))
+
+
+# at and beside the edges of what a block of each size holds, and beyond all of them
+@pytest.mark.parametrize("length", [0, 1, 31, 33, 1000, 1024, 1025, 4096, 4097, 16384, 16390])
+def test_lengths_around_a_block(device: str, compiled: Ops, plain: Ops, length: int) -> None:
+    for name, (tokens, lengths) in kinds(length).items():
+        expected = plain("unique")(tokens, lengths, -1)
+        ours = compiled("unique")(tokens.to(device), lengths.to(device), -1)
+        same(ours, expected)
+        flat, bounds = tokens.reshape(-1), torch.arange(4) * length
+        same(compiled("unique")(flat.to(device), bounds.to(device), -1), plain("unique")(flat, bounds, -1))
+        assert name != "one hot token" or int(ours[-1][1]) == (3 if length else 0)
+
+
+def test_many_samples_repeat_to_the_bit(device: str, compiled: Ops, plain: Ops) -> None:
+    g = torch.Generator().manual_seed(1)
+    tokens, lengths = zipf(700, 50, 300), torch.randint(0, 51, (700,), generator=g)
+    same(compiled("unique")(tokens.to(device), lengths.to(device), -1), plain("unique")(tokens, lengths, -1))
+    args = (zipf(64, 3000, 4000).to(device), torch.randint(0, 3001, (64,), generator=g).to(device), -1)
+    for tokens, extents, _ in (args, (args[0].reshape(-1), torch.arange(65, device=device) * 3000, -1)):
+        first = trimmed(compiled("unique")(tokens, extents, -1))
+        for _ in range(20):
+            again = trimmed(compiled("unique")(tokens, extents, -1))
+            assert all(torch.equal(again[name], first[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_number_of_rows_bounds_the_outputs(device: str, compiled: Ops, packed: bool) -> None:
+    tokens, extents = torch.tensor([[5, 5, 9, 7], [9, 1, 1, 8]], device=device), torch.tensor([3, 2], device=device)
+    if packed:
+        tokens, extents = torch.tensor([5, 5, 9, 9, 1], device=device), torch.tensor([0, 3, 5], device=device)
+    found = dict(zip(NAMES, compiled("unique")(tokens, extents, 6), strict=True))
+    assert found["sizes"].tolist() == [5, 4, 2, 3, 1]
+    assert found["distinct"].tolist() == [5, 9, 9, 1, 0, 0]
+    assert found["counts"].tolist() == [2, 1, 1, 1, 0, 0]
+    assert found["offsets"].tolist() == [0, 2, 3, 4, 5, 5, 5]  # rows past the last are empty segments
+    spare = [0] * (tokens.numel() - 5)
+    assert found["inverse"].tolist() == [0, 0, 1, 2, 3, *spare]
+    small = dict(zip(NAMES, compiled("unique")(tokens, extents, 3), strict=True))
+    assert small["sizes"][1] == 4  # says that they did not fit
+    assert small["distinct"].tolist() == [5, 9, 9] and small["counts"].tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "extents"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 4])),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([-1, 3])),
+        (torch.zeros(6, dtype=torch.int64), torch.tensor([0, 3, 5])),
+        (torch.zeros(6, dtype=torch.int64), torch.tensor([1, 3, 6])),
+        (torch.zeros(6, dtype=torch.int64), torch.tensor([0, 4, 3, 6])),
+    ],
+    ids=["too long", "negative", "ends early", "starts late", "falls"],
+)
+def test_malformed_extents_find_nothing_and_say_so(device: str, compiled: Ops, tokens: Tensor, extents: Tensor) -> None:
+    found = dict(zip(NAMES, compiled("unique")(tokens.to(device), extents.to(device), 6), strict=True))
+    assert found["sizes"][[0, 1, 4]].tolist() == [0, 0, 0]
+    assert not found["cu_seqlens"].any() and not found["counts"].any()
+    build = UniqueSpace.from_padded if tokens.dim() == 2 else UniqueSpace.from_packed
+    with pytest.raises(ValueError, match=r"must (lie in|rise from)"):
+        build(tokens.to(device), extents.to(device))
+
+
+def test_wrong_types_are_named(device: str, compiled: Ops) -> None:
+    tokens, lengths = torch.zeros(2, 3, device=device), torch.tensor([3, 3], device=device)
+    with pytest.raises(ValueError, match=r"tokens is .*pass int64"):
+        compiled("unique")(tokens, lengths, -1)
+    with pytest.raises(ValueError, match="extents has 2 entries"):
+        compiled("unique")(torch.zeros(3, 3, dtype=torch.int64, device=device), lengths, -1)
+    with pytest.raises(ValueError, match="ranks is 0"):
+        compiled("owners")(lengths, 0, 5, 1)
+
+
+@given(st.lists(ids, max_size=30), st.integers(1, 9))
+def test_owners_equal_plain_torch(device: str, compiled: Ops, plain: Ops, values: list[int], ranks: int) -> None:
+    x = torch.tensor(values, dtype=torch.int64)
+    assert torch.equal(compiled("owners")(x.to(device), ranks, 0, 0).cpu(), plain("owners")(x, ranks, 0, 0))
+    rows = PermutedRows(1_000_003, ranks)
+    args = (ranks, rows.vocab_size, rows.multiplier)
+    x = x % rows.vocab_size
+    assert torch.equal(compiled("owners")(x.to(device), *args).cpu(), plain("owners")(x, *args))
+    assert HashOwners(ranks).owner_of(x).tolist() == [splitmix(v) % ranks for v in x.tolist()]
+
+
+def splitmix(x: int) -> int:
+    """The finaliser in Python's whole numbers, shifted to 63 bits."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return (x ^ (x >> 31)) >> 1
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 300), st.integers(0, 99))
+def test_partition_equals_plain_torch(
+    device: str, compiled: Ops, plain: Ops, sizes: list[int], ranks: int, seed: int
+) -> None:
+    bounds = torch.tensor([0, *sizes]).cumsum(0)
+    owner = torch.randint(0, ranks, (int(bounds[-1]),), generator=torch.Generator().manual_seed(seed))
+    for got, want in zip(
+        compiled("partition")(owner.to(device), bounds.to(device), ranks),
+        plain("partition")(owner, bounds, ranks),
+        strict=True,
+    ):
+        assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("bounds", [[0, 50_000], [0, 0, 20_000, 20_001, 50_000]])
+def test_partition_of_long_samples(device: str, compiled: Ops, plain: Ops, bounds: list[int]) -> None:
+    owner = torch.randint(0, 8, (50_000,), generator=torch.Generator().manual_seed(0))
+    owner[:9000] = 3
+    ours = compiled("partition")(owner.to(device), torch.tensor(bounds, device=device), 8)
+    for got, want in zip(ours, plain("partition")(owner, torch.tensor(bounds), 8), strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
+def test_torch_accepts_the_operators(device: str, compiled: Ops) -> None:
+    tokens, lengths = torch.tensor([[5, 5, 9], [9, 1, 1]], device=device), torch.tensor([3, 2], device=device)
+    torch.library.opcheck(compiled("unique").default, (tokens, lengths, 6))
+    torch.library.opcheck(compiled("unique").default, (tokens.view(-1), torch.tensor([0, 4, 6], device=device), 6))
+    torch.library.opcheck(compiled("owners").default, (tokens.view(-1), 3, 100, 7))
+    bounds = torch.tensor([0, 2, 3], device=device)
+    torch.library.opcheck(compiled("partition").default, (torch.tensor([1, 0, 1], device=device), bounds, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("length", [40, 20_000])
+def test_a_plan_with_rows_is_captured_in_a_graph(device: str, compiled: Ops, plain: Ops, length: int) -> None:
+    if device != "cuda":
+        return
+    tokens, lengths = zipf(4, length, 2 * length).cuda(), torch.tensor([length, 0, length // 2, 3]).cuda()
+    rows = 4 * length
+    compiled("unique")(tokens, lengths, rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = compiled("unique")(tokens, lengths, rows)
+    tokens.copy_(zipf(4, length, length, seed=5))
+    lengths.copy_(torch.tensor([1, length, length, 7]))
+    graph.replay()
+    same(found, plain("unique")(tokens.cpu(), lengths.cpu(), -1))
