@@ -15,6 +15,13 @@ def check_layer(config: TransformerConfig, attn_mask_type: AttnMaskType, attenti
             "row. Use ta_plugin.megatron.get_tokenized_layer_spec, whose layers are bidirectional (AttnMaskType.no_mask), and stock "
             "layers where causality is needed"
         )
+    check_core(config, attention_type)
+    check_positions(getattr(config, "position_embedding_type", None), "config.position_embedding_type")
+    _check_moe(config)
+
+
+def check_core(config: TransformerConfig, attention_type: str) -> None:
+    """Refuse what no core attention of ours computes: anything but softmax self-attention onto all that the mask allows."""
     if attention_type != "self":
         raise ValueError(f"attention_type is {attention_type!r}; tokenized layers are self-attention ('self')")
     if getattr(config, "multi_latent_attention", False):
@@ -30,8 +37,6 @@ def check_layer(config: TransformerConfig, attn_mask_type: AttnMaskType, attenti
         raise ValueError(f"softmax_type is {softmax!r}; tokenized attention has no sink. Set softmax_type='vanilla'")
     if getattr(config, "fp8_dot_product_attention", False):
         raise ValueError("fp8_dot_product_attention is set; set it to False, tokenized attention runs in bf16 or wider")
-    check_positions(getattr(config, "position_embedding_type", None), "config.position_embedding_type")
-    _check_moe(config)
 
 
 def check_positions(position_embedding_type: str | None, name: str = "position_embedding_type") -> None:
