@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch.nn.functional as F
@@ -25,25 +26,35 @@ class RowLayout:
 
     @classmethod
     def of(
-        cls, space: UniqueSpace, *, parts: int = 1, part: int = 0, multiple: int = 1, capacity: int | None = None
+        cls,
+        space: UniqueSpace,
+        *,
+        parts: int = 1,
+        part: int = 0,
+        multiple: int = 1,
+        capacity: int | Sequence[int] | None = None,
     ) -> RowLayout:
         """Divide the rows into equal parts of a multiple of `multiple` rows, at least one each.
 
-        capacity: of all parts together, instead of as few rows as possible. Raises ValueError when the rows do not fit.
+        capacity: of all parts together, instead of as few rows as possible; of several, the smallest that holds the rows. Raises
+        ValueError when the rows do not fit.
         """
         local = max(1, -(-space.num_rows // (parts * multiple))) * multiple
         if capacity is not None:
-            if capacity % (parts * multiple):
+            buckets = sorted([capacity] if isinstance(capacity, int) else capacity)
+            uneven = [size for size in buckets if size % (parts * multiple)]
+            if uneven:
                 raise ValueError(
-                    f"row_capacity is {capacity}; it must be a multiple of {parts * multiple} (context parallel size, row_multiple, and "
-                    "tensor parallel size under sequence parallelism)"
+                    f"row_capacity is {capacity}; {uneven[0]} is no multiple of {parts * multiple} (context parallel size, row_multiple, "
+                    "and tensor parallel size under sequence parallelism)"
                 )
-            if space.num_rows > capacity:
+            fitting = [size for size in buckets if space.num_rows <= size]
+            if not fitting:
                 raise ValueError(
                     f"the microbatch has {space.num_rows} distinct rows, but row_capacity is {capacity}; raise it (batch size x length "
                     "always suffices), or make microbatches smaller"
                 )
-            local = capacity // parts
+            local = fitting[0] // parts
         return cls(space, part * local, local)
 
     @property
@@ -102,6 +113,6 @@ def layout_of(packed_seq_params: PackedSeqParams | None) -> RowLayout:
     return layout
 
 
-def plan_microbatch(tokens: Tensor, lengths: Tensor, **options: int | None) -> TokenizedSeqParams:
+def plan_microbatch(tokens: Tensor, lengths: Tensor, **options: int | Sequence[int] | None) -> TokenizedSeqParams:
     """Tokens (B, L) int64 and lengths (B,) int64 to what the layers need; options of `RowLayout.of`. Local to the rank."""
     return TokenizedSeqParams.of(RowLayout.of(UniqueSpace.from_padded(tokens, lengths), **options))  # type: ignore[arg-type]

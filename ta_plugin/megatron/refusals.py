@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -48,7 +50,7 @@ def check_positions(position_embedding_type: str | None, name: str = "position_e
         )
 
 
-def check_model(config: TransformerConfig, row_capacity: int | None, mixed: bool) -> None:
+def check_model(config: TransformerConfig, row_capacity: int | Sequence[int] | None, mixed: bool) -> None:
     """Refuse what a whole tokenized model cannot do."""
     stages = config.pipeline_model_parallel_size
     if stages > 1 and row_capacity is None and not config.variable_seq_lengths:
@@ -56,6 +58,11 @@ def check_model(config: TransformerConfig, row_capacity: int | None, mixed: bool
             "variable_seq_lengths is False with pipeline parallelism; every microbatch has its own number of distinct rows, so "
             "set variable_seq_lengths=True (and moe_token_dispatcher_type='alltoall', which Megatron wants with it), or give the "
             "model a row_capacity"
+        )
+    if stages > 1 and not config.variable_seq_lengths and not isinstance(row_capacity, int):
+        raise ValueError(
+            f"row_capacity is {row_capacity} with pipeline parallelism and variable_seq_lengths False, where there is one shape; "
+            "pass one number, or set variable_seq_lengths=True"
         )
     if stages == 2 and config.virtual_pipeline_model_parallel_size and config.variable_seq_lengths:
         raise ValueError(

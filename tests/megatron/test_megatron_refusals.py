@@ -66,6 +66,8 @@ def test_pipelines() -> None:
     with pytest.raises(ValueError, match=r"variable_seq_lengths=True.*row_capacity"):
         check_model(fixed, None, mixed=False)
     check_model(fixed, 64, mixed=False)
+    with pytest.raises(ValueError, match=r"row_capacity is \[32, 64\].*one number"):
+        check_model(fixed, [32, 64], mixed=False)
     with pytest.raises(ValueError, match="interleaved schedule on 2 pipeline stages"):
         check_model(config_of(Layout(pp=2, vpp=2)), None, mixed=False)
     with pytest.raises(ValueError, match=r"row_capacity is 64 in a mixed stack"):

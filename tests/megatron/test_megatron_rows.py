@@ -123,3 +123,18 @@ def test_parts_cover_all_rows_once(parts: int, multiple: int) -> None:
     assert all(layout.local % multiple == 0 and layout.counts().shape == (layout.local,) for layout in layouts)
     assert sum(int(layout.query_bounds()[-1]) for layout in layouts) == 11
     assert isinstance(TokenizedSeqParams.of(layouts[0]).layout, RowLayout)
+
+
+@pytest.mark.parametrize("distinct, local", [(1, 4), (8, 4), (9, 8), (16, 8), (17, 16)])
+def test_the_smallest_bucket_that_holds_the_rows(distinct: int, local: int) -> None:
+    space = UniqueSpace.from_padded(torch.arange(distinct)[None], torch.tensor([distinct]))
+    layout = RowLayout.of(space, parts=2, multiple=4, capacity=(16, 32, 8))
+    assert layout.local == local
+
+
+def test_rows_that_fit_no_bucket_are_refused() -> None:
+    space = UniqueSpace.from_padded(torch.arange(33)[None], torch.tensor([33]))
+    with pytest.raises(ValueError, match=r"33 distinct rows, but row_capacity is \(16, 32\)"):
+        RowLayout.of(space, capacity=(16, 32))
+    with pytest.raises(ValueError, match="12 is no multiple of 8"):
+        RowLayout.of(space, parts=2, multiple=4, capacity=(12, 64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,13 +16,17 @@ from small_interactions import write_interactions
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "megatron"
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
-GPT = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2
-    --global-batch-size 4 --train-iters 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 10 --lr-warmup-fraction 0.1 --mock-data
-    --tokenizer-type NullTokenizer --vocab-size 50 --split 1,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1
-    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --use-cpu-initialization --hidden-dropout 0
-    --attention-dropout 0 --distributed-backend gloo --position-embedding-type rope --inference-rng-tracker --num-workers 0
-    --untie-embeddings-and-output-weights""".split()
+GPT = shlex.split(
+    """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-iters 10
+    --lr-warmup-fraction 0.1 --mock-data --tokenizer-type NullTokenizer --vocab-size 50 --split 1,0,0 --eval-iters
+    0 --eval-interval 1000 --log-interval 1 --transformer-impl local --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion
+    --no-rope-fusion --use-cpu-initialization --hidden-dropout 0 --attention-dropout 0 --distributed-backend gloo
+    --position-embedding-type rope --inference-rng-tracker --num-workers 0 --untie-embeddings-and-output-weights
+    """
+)
 training = pytest.mark.skipif(
     CHECKOUT is None and find_spec("megatron.training") is None,
     reason="not run: pretrain() of megatron.training, which this wheel lacks; MEGATRON_LM_PATH would name a checkout of Megatron-LM",
