@@ -87,6 +87,9 @@ def refused(kind: str) -> str:
             if kind == "rotary":
                 model = TokenizedModel(config, 60, pg_collection=groups, vocab_divisible_by=8)
                 model(tokens, lengths, rotary_pos_emb=torch.zeros(4, 1, 1, 8))
+            elif kind == "rotary base":
+                spec = get_mixed_block_spec(config, 2, pp_rank=0)
+                TokenizedModel(config, 60, spec, pg_collection=groups, vocab_divisible_by=8, rotary_base=1e4)
             elif kind == "no plan":
                 gpt = GPTModel(config, tokenized_layer_spec, 64, 8, position_embedding_type="none")
                 gpt(tokens, torch.arange(4)[None], None)
@@ -107,6 +110,7 @@ def refused(kind: str) -> str:
     "kind, said",
     [
         ("rotary", "position_embedding_type='none'"),
+        ("rotary base", "tokenized layers [1, 2] would be given positions; set config.no_rope_freq"),
         ("no plan", "use ta_plugin.megatron.TokenizedModel"),
         ("rows", "ssp size 2 does not divide"),
         ("one bad id", "rank 1 of 2: tokens"),

@@ -8,12 +8,14 @@ import pytest
 import torch
 from dense_model import DenseModel, Sizes, microbatch
 from layouts import Layout, build, config_of, megatron
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 from ranks import RankPool
 from torch import Tensor
 
 from ta_plugin.megatron import TokenizedSeqParams, plan_microbatch, tokenized_layer_spec
+from ta_plugin.megatron.layers import rotary_angles
 from ta_plugin.megatron.loss import LabelledRows
 from ta_plugin.megatron.plan import RowLayout
 from ta_plugin.unique_space import UniqueSpace
@@ -138,3 +140,14 @@ def test_rows_that_fit_no_bucket_are_refused() -> None:
         RowLayout.of(space, capacity=(16, 32))
     with pytest.raises(ValueError, match="12 is no multiple of 8"):
         RowLayout.of(space, parts=2, multiple=4, capacity=(12, 64))
+
+
+def both_angles() -> tuple[Tensor, Tensor]:
+    with megatron(Layout()):
+        theirs = RotaryEmbedding(8, 1.0, rotary_base=500, use_cpu_initialization=True)
+        return rotary_angles(12, 8, 500, torch.device("cpu")), theirs(12)
+
+
+def test_rotary_angles_are_those_of_megatron(megatron_ranks: Callable[[int], RankPool]) -> None:
+    mine, theirs = megatron_ranks(1).run(both_angles)[0]
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
