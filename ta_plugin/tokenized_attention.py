@@ -256,7 +256,9 @@ class TokenizedAttention(nn.Module):
         if self.strategy not in able:
             raise ValueError(f"strategy is {self.strategy!r} in layout {self.layout!r}; choose one of {able}")
         if self.layout == "sequence" and self.row_multiple > 1:
-            raise ValueError(f"row_multiple is {self.row_multiple} in layout 'sequence', where owned rows take no spare ones; pass 1")
+            raise ValueError(
+                f"row_multiple is {self.row_multiple} in layout 'sequence', where owned rows take no spare ones; pass 1"
+            )
 
     def _agree(self, error: ValueError | None = None) -> None:
         """Raise on every rank if any found an error, or if they were constructed differently."""

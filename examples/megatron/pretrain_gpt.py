@@ -61,7 +61,9 @@ def on_core() -> None:
     parser = core_parser(__doc__, seq_length=256, micro_batch_size=4)
     sources = sorted((Path(__file__).parents[2] / "ta_plugin").rglob("*.py"))
     parser.add_argument("--core", action="store_true", help="megatron.core alone, although megatron.training is there")
-    parser.add_argument("--text", type=Path, nargs="+", default=sources, help="files to read (default: ta_plugin's own sources)")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", default=sources, help="files to read (default: ta_plugin's own sources)"
+    )
     args = parser.parse_args()
     groups, device = set_up(args)
     model = build_model(args, lambda **changes: config_of(args, **changes), groups, BYTES, rotary_base=10000.0)

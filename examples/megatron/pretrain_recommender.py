@@ -31,7 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inter", help="a RecBole file of interactions: user_id, item_id, timestamp; decides --items")
     args = parser.parse_args()
     if args.inter and args.tensor_model_parallel_size * args.context_parallel_size > 1:
-        parser.error("--inter ends in a ranking of all items, which this script does without tensor and context parallelism")
+        parser.error(
+            "--inter ends in a ranking of all items, which this script does without tensor and context parallelism"
+        )
     return args
 
 

@@ -36,8 +36,8 @@ def build_model(
         tokenized = args.num_layers // 2 if masked else 0
     if tokenized and not masked:
         raise ValueError(
-            f"ta_tokenized_layers is {tokenized} with --ta-objective next; tokenized layers are bidirectional and would show each position the "
-            "token it shall predict. Set it to 0, or use --ta-objective masked"
+            f"ta_tokenized_layers is {tokenized} with --ta-objective next; tokenized layers are bidirectional and would show each position "
+            "the token it shall predict. Set it to 0, or use --ta-objective masked"
         )
     free = [1] * tokenized + [0] * (args.num_layers - tokenized)
     config = config_of(no_rope_freq=free if rotary_base else None)

@@ -2,7 +2,13 @@
 
 from ta_plugin.megatron.embedding import SSPTokenEmbedding
 from ta_plugin.megatron.groups import SSPGroups, SSPRanks, create_ssp_groups, ssp_group
-from ta_plugin.megatron.layer_specs import get_mixed_block_spec, get_tokenized_layer_spec, tokenized_layer_spec
+from ta_plugin.megatron.layer_specs import (
+    causal_layer_spec,
+    get_causal_layer_spec,
+    get_mixed_block_spec,
+    get_tokenized_layer_spec,
+    tokenized_layer_spec,
+)
 from ta_plugin.megatron.loss import count_labels, loss_function
 from ta_plugin.megatron.model import TokenizedModel
 from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, plan_microbatch
@@ -15,8 +21,10 @@ __all__ = [
     "SSPTokenEmbedding",
     "TokenizedModel",
     "TokenizedSeqParams",
+    "causal_layer_spec",
     "count_labels",
     "create_ssp_groups",
+    "get_causal_layer_spec",
     "get_mixed_block_spec",
     "get_token_keyed_block_spec",
     "get_token_keyed_layer_spec",

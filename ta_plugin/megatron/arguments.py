@@ -35,8 +35,10 @@ def add_ta_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--ta-row-capacity",
         type=int,
+        nargs="+",
         default=None,
-        help="pad every microbatch to this many rows: one shape for CUDA graphs and interleaved pipelines",
+        help="pad every microbatch to this many rows, or to the smallest of several that holds them: few shapes for CUDA graphs and the "
+        "allocator, one for interleaved pipelines",
     )
     group.add_argument(
         "--ta-vocab-divisible-by",
@@ -49,8 +51,9 @@ def add_ta_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 def model_options(args: Namespace) -> dict[str, Any]:
     """The keyword arguments of TokenizedModel that the command line decides."""
+    capacity = args.ta_row_capacity
     return {
         "row_multiple": args.ta_row_multiple,
-        "row_capacity": args.ta_row_capacity,
+        "row_capacity": capacity[0] if capacity is not None and len(capacity) == 1 else capacity,
         "vocab_divisible_by": args.ta_vocab_divisible_by,
     }

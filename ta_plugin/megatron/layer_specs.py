@@ -1,4 +1,4 @@
-"""Layer specs: what `--spec ta_plugin.megatron.layer_specs tokenized_layer_spec` and TransformerBlock take."""
+"""Layer specs: what TransformerBlock takes, and `--spec ta_plugin.megatron.layer_specs causal_layer_spec` or tokenized_layer_spec."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ta_plugin.megatron.core_attention import SDPACoreAttention, TokenizedCoreAttention, TokenizedSelfAttention
+from ta_plugin.megatron.first_layer import FirstLayerAttention
 from ta_plugin.megatron.layers import PositionTransformerLayer, TokenizedTransformerLayer
 from ta_plugin.megatron.moe import MultiplicityRouter
 from ta_plugin.megatron.norm import RowNorm
@@ -49,6 +50,23 @@ def get_tokenized_layer_spec(
             slots, self_attention=attention, mlp=_weighted(slots.mlp, bool(getattr(config, "num_moe_experts", None)))
         ),
     )
+
+
+def get_causal_layer_spec(
+    config: TransformerConfig | None = None, *, use_transformer_engine: bool | None = None
+) -> ModuleSpec:
+    """A stock causal TransformerLayer whose core attention, in the first layer of a model, holds equal keys once.
+
+    For models that give layers no tokens, Megatron-LM's pretrain_gpt.py among them. The layers above are stock. To save anything the
+    first layer must be free of positions (position_embedding_type "none", or "rope" with no_rope_freq 1 for it) and the embedding
+    of dropout; with positions no keys are equal, and it computes the same for a little more.
+    """
+    engine = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
+    stock = stock_spec(config, engine)
+    attention = stock.submodules.self_attention
+    core = type("FirstLayerAttention", (FirstLayerAttention,), {"stock": attention.submodules.core_attention})
+    attention = _with(attention, submodules=replace(attention.submodules, core_attention=core))
+    return _with(stock, submodules=replace(stock.submodules, self_attention=attention))
 
 
 def get_mixed_block_spec(
@@ -170,3 +188,4 @@ def _with(spec: ModuleSpec, **changes: Any) -> ModuleSpec:
 
 
 tokenized_layer_spec = get_tokenized_layer_spec()  # --spec wants an object, not a function
+causal_layer_spec = get_causal_layer_spec()

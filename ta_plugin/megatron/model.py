@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -39,8 +40,9 @@ class TokenizedModel(LanguageModule):
     layout:       "sample": every context-parallel rank is given whole samples. "sequence": each is given its chunks of them, of any
                   lengths; rows are then owned by hash of their token, and keys and values circulate between the owners
     row_multiple: rows are padded to this multiple per rank: fewer distinct shapes for the allocator
-    row_capacity: rows are padded to this number per microbatch: one shape, for CUDA graphs and for pipelines without
-                  variable_seq_lengths, whose schedule is then called with seq_length=row_capacity and micro_batch_size=1
+    row_capacity: rows are padded to this number per microbatch, or to the smallest of several that holds them: few shapes, for CUDA
+                  graphs and the allocator. One number serves pipelines without variable_seq_lengths, whose schedule is then called
+                  with seq_length=row_capacity and micro_batch_size=1
     rotary_base: rotary positions with this base in the stock layers of a mixed stack; config.no_rope_freq keeps the others free
     pre_process, post_process, vp_stage: as for GPTModel
 
@@ -58,7 +60,7 @@ class TokenizedModel(LanguageModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         row_multiple: int = 1,
-        row_capacity: int | None = None,
+        row_capacity: int | Sequence[int] | None = None,
         vocab_divisible_by: int = 128,
         embedding_seed: int = 0,
         layout: Layout = "sample",

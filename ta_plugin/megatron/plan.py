@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch.nn.functional as F
@@ -29,42 +30,41 @@ class RowLayout:
 
     @classmethod
     def of(
-        cls, space: UniqueSpace, *, parts: int = 1, part: int = 0, multiple: int = 1, capacity: int | None = None
+        cls,
+        space: UniqueSpace,
+        *,
+        parts: int = 1,
+        part: int = 0,
+        multiple: int = 1,
+        capacity: int | Sequence[int] | None = None,
     ) -> RowLayout:
         """Divide the rows into equal parts of a multiple of `multiple` rows, at least one each.
 
-        capacity: of all parts together, instead of as few rows as possible. Raises ValueError when the rows do not fit.
+        capacity: of all parts together, instead of as few rows as possible; of several, the smallest that holds the rows. Raises
+        ValueError when the rows do not fit.
         """
         local = max(1, -(-space.num_rows // (parts * multiple))) * multiple
         if capacity is not None:
-            if capacity % (parts * multiple):
-                raise ValueError(
-                    f"row_capacity is {capacity}; it must be a multiple of {parts * multiple} (context parallel size, row_multiple, and "
-                    "tensor parallel size under sequence parallelism)"
+            local = (
+                _fitting(
+                    capacity, parts * multiple, space.num_rows, f"the microbatch has {space.num_rows} distinct rows"
                 )
-            if space.num_rows > capacity:
-                raise ValueError(
-                    f"the microbatch has {space.num_rows} distinct rows, but row_capacity is {capacity}; raise it (batch size x length "
-                    "always suffices), or make microbatches smaller"
-                )
-            local = capacity // parts
+                // parts
+            )
         return cls(space, part * local, local)
 
     @classmethod
-    def of_owned(cls, owned: OwnedRows, *, multiple: int = 1, capacity: int | None = None) -> RowLayout:
-        """The rows that this rank owns, padded to a multiple of `multiple`, or to its part of `capacity`.
+    def of_owned(cls, owned: OwnedRows, *, multiple: int = 1, capacity: int | Sequence[int] | None = None) -> RowLayout:
+        """The rows that this rank owns, padded to a multiple of `multiple`, or to its part of `capacity` (of several, the smallest
+        that holds them on every rank).
 
         Raises ValueError on every rank of the group when some rank's rows do not fit.
         """
         parts = owned.group.size
         if capacity is not None:
             busiest = max(owned.rows_of_ranks)
-            if capacity % (parts * multiple) or busiest > capacity // parts:
-                raise ValueError(
-                    f"row_capacity is {capacity} for {parts} context-parallel ranks, the busiest of which owns {busiest} distinct rows; "
-                    f"make it a multiple of {parts * multiple} and raise it above {parts * busiest}, or make microbatches smaller"
-                )
-            return cls(owned.space, 0, capacity // parts, owned)
+            what = f"the busiest of {parts} context-parallel ranks owns {busiest} distinct rows, {parts * busiest} over all"
+            return cls(owned.space, 0, _fitting(capacity, parts * multiple, parts * busiest, what) // parts, owned)
         return replace(cls.of(owned.space, multiple=multiple), owned=owned)
 
     @property
@@ -89,6 +89,24 @@ class RowLayout:
     def counts(self) -> Tensor:
         """(local,) int64: multiplicities of this part's rows, 0 in the padding."""
         return self.pad(self.space.counts[self.first : self.first + self.rows])
+
+
+def _fitting(capacity: int | Sequence[int], multiple: int, rows: int, what: str) -> int:
+    """The smallest capacity that holds `rows`; a ValueError that says `what` needs them."""
+    sizes = sorted([capacity] if isinstance(capacity, int) else capacity)
+    uneven = [size for size in sizes if size % multiple]
+    if uneven:
+        raise ValueError(
+            f"row_capacity is {capacity}; {uneven[0]} is no multiple of {multiple} (context parallel size, row_multiple, "
+            "and tensor parallel size under sequence parallelism)"
+        )
+    fitting = [size for size in sizes if rows <= size]
+    if not fitting:
+        raise ValueError(
+            f"{what}, but row_capacity is {capacity}; raise it (batch size x length always suffices where rows are shared "
+            "evenly), or make microbatches smaller"
+        )
+    return fitting[0]
 
 
 @dataclass
@@ -123,6 +141,6 @@ def layout_of(packed_seq_params: PackedSeqParams | None) -> RowLayout:
     return layout
 
 
-def plan_microbatch(tokens: Tensor, lengths: Tensor, **options: int | None) -> TokenizedSeqParams:
+def plan_microbatch(tokens: Tensor, lengths: Tensor, **options: int | Sequence[int] | None) -> TokenizedSeqParams:
     """Tokens (B, L) int64 and lengths (B,) int64 to what the layers need; options of `RowLayout.of`. Local to the rank."""
     return TokenizedSeqParams.of(RowLayout.of(UniqueSpace.from_padded(tokens, lengths), **options))  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -15,6 +17,13 @@ def check_layer(config: TransformerConfig, attn_mask_type: AttnMaskType, attenti
             "row. Use ta_plugin.megatron.get_tokenized_layer_spec, whose layers are bidirectional (AttnMaskType.no_mask), and stock "
             "layers where causality is needed"
         )
+    check_core(config, attention_type)
+    check_positions(getattr(config, "position_embedding_type", None), "config.position_embedding_type")
+    _check_moe(config)
+
+
+def check_core(config: TransformerConfig, attention_type: str) -> None:
+    """Refuse what no core attention of ours computes: anything but softmax self-attention onto all that the mask allows."""
     if attention_type != "self":
         raise ValueError(f"attention_type is {attention_type!r}; tokenized layers are self-attention ('self')")
     if getattr(config, "multi_latent_attention", False):
@@ -30,8 +39,6 @@ def check_layer(config: TransformerConfig, attn_mask_type: AttnMaskType, attenti
         raise ValueError(f"softmax_type is {softmax!r}; tokenized attention has no sink. Set softmax_type='vanilla'")
     if getattr(config, "fp8_dot_product_attention", False):
         raise ValueError("fp8_dot_product_attention is set; set it to False, tokenized attention runs in bf16 or wider")
-    check_positions(getattr(config, "position_embedding_type", None), "config.position_embedding_type")
-    _check_moe(config)
 
 
 def check_positions(position_embedding_type: str | None, name: str = "position_embedding_type") -> None:
@@ -43,7 +50,7 @@ def check_positions(position_embedding_type: str | None, name: str = "position_e
         )
 
 
-def check_model(config: TransformerConfig, row_capacity: int | None, mixed: bool) -> None:
+def check_model(config: TransformerConfig, row_capacity: int | Sequence[int] | None, mixed: bool) -> None:
     """Refuse what a whole tokenized model cannot do."""
     stages = config.pipeline_model_parallel_size
     if stages > 1 and row_capacity is None and not config.variable_seq_lengths:
@@ -51,6 +58,11 @@ def check_model(config: TransformerConfig, row_capacity: int | None, mixed: bool
             "variable_seq_lengths is False with pipeline parallelism; every microbatch has its own number of distinct rows, so "
             "set variable_seq_lengths=True (and moe_token_dispatcher_type='alltoall', which Megatron wants with it), or give the "
             "model a row_capacity"
+        )
+    if stages > 1 and not config.variable_seq_lengths and not isinstance(row_capacity, int):
+        raise ValueError(
+            f"row_capacity is {row_capacity} with pipeline parallelism and variable_seq_lengths False, where there is one shape; "
+            "pass one number, or set variable_seq_lengths=True"
         )
     if stages == 2 and config.virtual_pipeline_model_parallel_size and config.variable_seq_lengths:
         raise ValueError(

@@ -18,6 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.datasets import utils as data_sets
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from ta_plugin.megatron.groups import SSPRanks
+
 
 def initialize_groups(args: Namespace) -> None:
     """torch.distributed and Megatron's groups, SSP of `args.ta_ssp_size` in the place of expert parallelism; before pretrain().
@@ -32,24 +34,23 @@ def initialize_groups(args: Namespace) -> None:
             f"ta_ssp_size is {ssp} beside expert_model_parallel_size {experts}; rows and experts reduce over the same groups, so make "
             "them equal"
         )
-    shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    if ssp < 1 or shared % ssp:
-        sizes = [size for size in range(1, shared + 1) if shared % size == 0]
-        raise ValueError(
-            f"ta_ssp_size is {ssp}, which does not divide the {shared} ranks of data x context parallelism; choose one of {sizes}"
-        )
+    order = "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    SSPRanks.of_sizes(
+        ssp, world=args.world_size, tensor=tensor, pipeline=pipeline, context=args.context_parallel_size, order=order
+    )
     if not dist.is_initialized():
         if torch.cuda.is_available() and args.distributed_backend == "nccl":
             torch.cuda.set_device(args.local_rank)
         dist.init_process_group(args.distributed_backend)
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
+        tensor,
+        pipeline,
         args.virtual_pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=ssp,
-        expert_tensor_parallel_size=args.tensor_model_parallel_size,
-        order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+        expert_tensor_parallel_size=tensor,
+        order=order,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
 

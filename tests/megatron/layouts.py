@@ -41,7 +41,7 @@ class Layout:
     overlap: bool = False
     recompute: str = ""
     row_multiple: int = 1
-    row_capacity: int | None = None
+    row_capacity: int | tuple[int, ...] | None = None
     tokenized_layers: int | None = None  # None: all
     causal_top: bool = False
     bf16: bool = False
@@ -64,7 +64,7 @@ class Run:
         for model in self.ddp:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sizes, dp = self.layout.sizes, self.groups.dp
+        sizes, dp, capacity = self.layout.sizes, self.groups.dp, self.layout.row_capacity
         mine = range(dp.rank(), sizes.microbatches, dp.size())
         iterators = [iter([microbatch(sizes, step, i) for i in mine]) for _ in self.ddp]
         several = len(self.ddp) > 1
@@ -73,7 +73,7 @@ class Run:
             data_iterator=iterators if several else iterators[0],
             model=self.ddp if several else self.ddp[0],
             num_microbatches=len(mine),
-            seq_length=self.layout.row_capacity or sizes.length,
+            seq_length=capacity if isinstance(capacity, int) else sizes.length,
             micro_batch_size=1,
             forward_only=False,
         )
@@ -144,7 +144,7 @@ def config_of(layout: Layout, **changes: Any) -> TransformerConfig:
         "pipeline_dtype": torch.bfloat16 if layout.bf16 else torch.float32,
         "params_dtype": torch.bfloat16 if layout.bf16 else torch.float32,
         "bf16": layout.bf16,
-        "variable_seq_lengths": layout.pp > 1 and layout.row_capacity is None,
+        "variable_seq_lengths": layout.pp > 1 and not isinstance(layout.row_capacity, int),
         "overlap_p2p_comm": layout.vpp is not None,
         "moe_token_dispatcher_type": "alltoall",  # variable lengths ask for it even without experts
         "calculate_per_token_loss": layout.sizes.per_token,

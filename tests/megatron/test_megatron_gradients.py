@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from ranks import RankPool
 
-from ta_plugin.megatron import TokenizedModel, create_ssp_groups, loss_function
+from ta_plugin.megatron import TokenizedModel, create_ssp_groups, get_mixed_block_spec, loss_function
 from ta_plugin.megatron.gradients import clip_gradients, reduce_gradients
 
 SIZES = Sizes(microbatches=2)
@@ -26,7 +26,12 @@ def train_plainly(layout: Layout, steps: int) -> list[tuple[float, float]]:
     try:
         model_parallel_cuda_manual_seed(1, inference_rng_tracker=True)
         groups = create_ssp_groups(layout.ssp).attach()
-        model = TokenizedModel(config_of(layout), SIZES.vocab, pg_collection=groups, vocab_divisible_by=8)
+        config, spec = config_of(layout), None
+        if layout.tokenized_layers is not None:
+            spec = get_mixed_block_spec(
+                config, layout.tokenized_layers, causal=layout.causal_top, use_sdpa=True, pp_rank=0
+            )
+        model = TokenizedModel(config, SIZES.vocab, spec, pg_collection=groups, vocab_divisible_by=8)
         fill(model, layout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=SIZES.lr, weight_decay=0.0)
         outcomes = []
@@ -51,9 +56,20 @@ def train_plainly(layout: Layout, steps: int) -> list[tuple[float, float]]:
         parallel_state.destroy_model_parallel()
 
 
-@pytest.mark.parametrize("layout", [Layout(ssp=2), Layout(tp=2), Layout(ssp=2, cp=2), Layout(ssp=1)], ids=str)
-def test_equals_one_dense_process(megatron_ranks: Callable[[int], RankPool], layout: Layout) -> None:
-    losses, norms = DenseModel(SIZES).train(5)
+LAYOUTS = {
+    "ssp2": Layout(ssp=2),
+    "tp2": Layout(tp=2),
+    "cp2-ssp2": Layout(ssp=2, cp=2),
+    "dp2": Layout(ssp=1),
+    "mixed": Layout(ssp=2, tokenized_layers=2),
+    "mixed-causal-tp2": Layout(tp=2, tokenized_layers=1, causal_top=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_one_dense_process(megatron_ranks: Callable[[int], RankPool], name: str) -> None:
+    layout = LAYOUTS[name]
+    losses, norms = DenseModel(SIZES, layout.tokenized_layers if layout.causal_top else None).train(5)
     for outcomes in megatron_ranks(2).run(train_plainly, layout, 5):
         assert [loss for loss, _ in outcomes] == pytest.approx(losses, abs=1e-5)
         assert [norm for _, norm in outcomes] == pytest.approx(norms, rel=1e-5)

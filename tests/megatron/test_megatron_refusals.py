@@ -66,6 +66,8 @@ def test_pipelines() -> None:
     with pytest.raises(ValueError, match=r"variable_seq_lengths=True.*row_capacity"):
         check_model(fixed, None, mixed=False)
     check_model(fixed, 64, mixed=False)
+    with pytest.raises(ValueError, match=r"row_capacity is \[32, 64\].*one number"):
+        check_model(fixed, [32, 64], mixed=False)
     with pytest.raises(ValueError, match="interleaved schedule on 2 pipeline stages"):
         check_model(config_of(Layout(pp=2, vpp=2)), None, mixed=False)
     with pytest.raises(ValueError, match=r"row_capacity is 64 in a mixed stack"):
@@ -85,6 +87,9 @@ def refused(kind: str) -> str:
             if kind == "rotary":
                 model = TokenizedModel(config, 60, pg_collection=groups, vocab_divisible_by=8)
                 model(tokens, lengths, rotary_pos_emb=torch.zeros(4, 1, 1, 8))
+            elif kind == "rotary base":
+                spec = get_mixed_block_spec(config, 2, pp_rank=0)
+                TokenizedModel(config, 60, spec, pg_collection=groups, vocab_divisible_by=8, rotary_base=1e4)
             elif kind == "no plan":
                 gpt = GPTModel(config, tokenized_layer_spec, 64, 8, position_embedding_type="none")
                 gpt(tokens, torch.arange(4)[None], None)
@@ -105,6 +110,7 @@ def refused(kind: str) -> str:
     "kind, said",
     [
         ("rotary", "position_embedding_type='none'"),
+        ("rotary base", "tokenized layers [1, 2] would be given positions; set config.no_rope_freq"),
         ("no plan", "use ta_plugin.megatron.TokenizedModel"),
         ("rows", "ssp size 2 does not divide"),
         ("one bad id", "rank 1 of 2: tokens"),

@@ -8,12 +8,14 @@ import pytest
 import torch
 from dense_model import DenseModel, Sizes, microbatch
 from layouts import Layout, build, config_of, megatron
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.mlp import MLP
 from ranks import RankPool
 from torch import Tensor
 
 from ta_plugin.megatron import TokenizedSeqParams, plan_microbatch, tokenized_layer_spec
+from ta_plugin.megatron.layers import rotary_angles
 from ta_plugin.megatron.loss import LabelledRows
 from ta_plugin.megatron.plan import RowLayout
 from ta_plugin.unique_space import UniqueSpace
@@ -123,3 +125,29 @@ def test_parts_cover_all_rows_once(parts: int, multiple: int) -> None:
     assert all(layout.local % multiple == 0 and layout.counts().shape == (layout.local,) for layout in layouts)
     assert sum(int(layout.query_bounds()[-1]) for layout in layouts) == 11
     assert isinstance(TokenizedSeqParams.of(layouts[0]).layout, RowLayout)
+
+
+@pytest.mark.parametrize("distinct, local", [(1, 4), (8, 4), (9, 8), (16, 8), (17, 16)])
+def test_the_smallest_bucket_that_holds_the_rows(distinct: int, local: int) -> None:
+    space = UniqueSpace.from_padded(torch.arange(distinct)[None], torch.tensor([distinct]))
+    layout = RowLayout.of(space, parts=2, multiple=4, capacity=(16, 32, 8))
+    assert layout.local == local
+
+
+def test_rows_that_fit_no_bucket_are_refused() -> None:
+    space = UniqueSpace.from_padded(torch.arange(33)[None], torch.tensor([33]))
+    with pytest.raises(ValueError, match=r"33 distinct rows, but row_capacity is \(16, 32\)"):
+        RowLayout.of(space, capacity=(16, 32))
+    with pytest.raises(ValueError, match="12 is no multiple of 8"):
+        RowLayout.of(space, parts=2, multiple=4, capacity=(12, 64))
+
+
+def both_angles() -> tuple[Tensor, Tensor]:
+    with megatron(Layout()):
+        theirs = RotaryEmbedding(8, 1.0, rotary_base=500, use_cpu_initialization=True)
+        return rotary_angles(12, 8, 500, torch.device("cpu")), theirs(12)
+
+
+def test_rotary_angles_are_those_of_megatron(megatron_ranks: Callable[[int], RankPool]) -> None:
+    mine, theirs = megatron_ranks(1).run(both_angles)[0]
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
