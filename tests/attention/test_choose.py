@@ -39,6 +39,7 @@ def chosen(machine: Machine, requested: str | None = None, **changes: Any) -> Ba
         (HOPPER, {"deterministic": False}, "hopper", "hopper 522, flash4 409, flex 337"),
         (HOPPER, {"deterministic": False, "weighted": False}, "flash4", "flash4 544, hopper 522"),
         (HOPPER, {"deterministic": False, "weighted": False, "keys_per_sample": 200, "causal": True}, "flash4", "404"),
+        (HOPPER, {"weighted": False}, "flash4", "flash4 515, hopper 430"),
         (NO_FLASH4, {"deterministic": False, "weighted": False}, "hopper", "flash-attn-4 is not installed"),
         (HOPPER, {"weight_grad": True, "deterministic": False}, "hopper", "no gradient for the weights"),
         (HOPPER, {"per_head": True, "deterministic": False}, "hopper", "flash4 has no weights per query or head"),

@@ -20,13 +20,13 @@ def weight_modifiers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from flash_attn.cute import utils
 
     @cute.jit
-    def add(score, batch, head, query, key, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    def add(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         place = cute.make_rmem_tensor(1, cutlass.Int32)
-        place.store(key + seqlen_info.offset_k)
+        place.store(kv_idx + seqlen_info.offset_k)
         return score + utils.scalar_to_ssa(aux_tensors[0][place[0]], cutlass.Float32)
 
     @cute.jit
-    def add_backward(grad, score, batch, head, query, key, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
+    def add_backward(grad, score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):  # type: ignore[no-untyped-def]
         return grad
 
     return add, add_backward

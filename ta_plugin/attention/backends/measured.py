@@ -16,6 +16,7 @@ RATES: dict[tuple[str, bool, bool], tuple[tuple[int, ...], ...]] = {
     ("hopper", True, False): ((394, 522, 557), (486, 609, 602)),
     ("hopper", True, True): ((346, 430, 437), (452, 535, 517)),
     ("flash4", False, False): ((404, 544, 582), (499, 643, 665)),
+    ("flash4", False, True): ((330, 515, 573), (440, 583, 638)),
     ("flash4", True, False): ((409, 409, 409), (472, 472, 472)),
     ("flex", True, False): ((337, 337, 337), (350, 350, 350)),
 }
