@@ -167,7 +167,7 @@ class _Causal(torch.autograd.Function):
             grads = call.parts.backward(outer, Rows.of(part, q, k, v), part, learned)
             dq[group.queries] = grads.q
             for total, inside, before in ((dk, grads.keys, grads.k), (dv, grads.values, grads.v)):
-                total[group.rows] += call.chunks.fold(inside.to(total.dtype), group)
+                total[group.rows] += call.chunks.fold(inside, group)
                 if before is not None:
                     total[group.rows] += before
             if ddecay is not None:

@@ -140,15 +140,14 @@ class KernelParts:
 
     def forward(self, rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
         """As `ContractParts.forward`."""
-        inside, before = self._calls(rows, part)
-        results = [
-            self.kernels.forward(*rows_of, weight, *bounds, self.scale, **options)
-            for rows_of, weight, bounds, options in ([inside] if before is None else [inside, before])
-        ]
-        if len(results) == 1:
-            return results[0]
-        outs, lses = zip(*results, strict=True)
-        return merge(torch.stack(outs), torch.stack(lses))
+        inside, before = (None if call is None else self._forward(*call) for call in self._calls(rows, part))
+        assert inside is not None
+        return inside if before is None else _joined(inside, before)
+
+    def _forward(
+        self, rows: tuple[Tensor, ...], weight: Tensor | None, bounds: tuple[Tensor, Tensor], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        return self.kernels.forward(*rows, weight, *bounds, self.scale, **options)
 
     def backward(self, outer: list[Tensor | None], rows: Rows, part: Part, of_weights: bool) -> Gradients:
         """outer: dout, dlse, out and lse of the group, the latter with the queries' own terms."""
@@ -197,6 +196,14 @@ class KernelParts:
             "k_visible": chunks.visible[group.first : group.last],
         }
         return [inside, ((rows.q, rows.k, rows.v), part.weights, (cu_chunks, cu_k), options)]
+
+
+def _joined(inside: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`merge` of two partials, the first of which has keys for every query: half the traffic, no copy of both and no mask."""
+    share = torch.sigmoid(before[1] - inside[1])  # of what lies before, 0 where nothing does
+    out = inside[0] * (1 - share).unsqueeze(-1)
+    out.addcmul_(before[0], share.unsqueeze(-1))
+    return out, torch.logaddexp(inside[1], before[1])
 
 
 def parts_for(q: Tensor, v: Tensor, scale: float, backend: str | None) -> ContractParts | KernelParts:

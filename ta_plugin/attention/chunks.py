@@ -178,10 +178,15 @@ class CausalChunks:
         return chunk, row, self.pair_counts[which], self.pair_offsets[which.start : which.stop + 1] - group.start
 
     def fold(self, values: Tensor, group: Group) -> Tensor:
-        """Sum of per-query values (queries, ...) by row, (rows, ...): pair by pair first, so that no frequent row sums long."""
+        """Sum of per-query values (queries, ...) by row, (rows, ...) in float32 or wider.
+
+        Pair by pair first, so that no frequent row sums long; on CUDA, where sums form in float32, these keep the dtype of the values.
+        """
+        wide = torch.promote_types(values.dtype, torch.float32)
+        values = values if values.is_cuda else values.to(wide)
         _, row, _, offsets = self.pairs_of(group)
         order = self.pair_order[group.queries] - group.start
-        by_pair = segment_sum(values, Segments(order, order, offsets))
+        by_pair = segment_sum(values, Segments(order, order, offsets)).to(wide)
         by_row, order = row.sort(stable=True)
         bounds = torch.arange(group.row_stop - group.row_start + 1, device=row.device)
         return segment_sum(by_pair, Segments(row, order, torch.searchsorted(by_row, bounds)))

@@ -17,7 +17,7 @@ def space_of(length: int, vocabulary: int, documents: int = 1) -> UniqueSpace:
 
 
 def test_the_formula() -> None:
-    rates = ChunkRates(pair=1.0, weight=100.0, chunk=1000.0, tile=32)
+    rates = ChunkRates(pair=1.0, weight=100.0, chunk=1000.0, decay=500.0, tile=32)
     choice = choose_chunk(space_of(4096, 64), heads=2, head_dim=8, device=CPU, rates=rates)
     beta = 0.5  # 64 rows of 4096
     before, inside, weights = choice.seconds[256]
@@ -34,7 +34,7 @@ def test_the_formula() -> None:
 def test_dearer_weights_make_longer_chunks() -> None:
     space = space_of(65536, 4096)
     sizes = [
-        choose_chunk(space, 8, 64, CPU, rates=ChunkRates(pair=1e-12, weight=w, chunk=0.0, tile=32)).size
+        choose_chunk(space, 8, 64, CPU, rates=ChunkRates(pair=1e-12, weight=w, chunk=0.0, decay=0.0, tile=32)).size
         for w in (1e-12, 1e-9, 1e-6)
     ]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
