@@ -14,7 +14,9 @@ def write(root: Path, folders: int, files: int) -> None:
     for folder in range(folders):
         (root / f"part{folder:02}").mkdir(parents=True)
         for file in range(files):
-            (root / f"part{folder:02}" / f"f{file}.py").write_text(f"def f{file}(x):\n    return x + {folder}  # é\n" * 20)
+            (root / f"part{folder:02}" / f"f{file}.py").write_text(
+                f"def f{file}(x):\n    return x + {folder}  # é\n" * 20
+            )
 
 
 def test_stream_decodes_to_the_files_in_path_order(tmp_path: Path) -> None:

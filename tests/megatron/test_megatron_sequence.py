@@ -100,4 +100,4 @@ def test_what_is_wrong_with_one_chunk_raises_on_every_rank(megatron_ranks: Calla
     samples, labels, capacity = first
     assert "tokens hold [3, 2] samples on the context-parallel ranks" in samples
     assert "labels is torch.int32" in labels
-    assert "row_capacity is 4 for 2 context-parallel ranks, the busiest of which owns" in capacity
+    assert "the busiest of 2 context-parallel ranks owns" in capacity and "row_capacity is 4" in capacity
