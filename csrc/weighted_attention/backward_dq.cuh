@@ -1,5 +1,5 @@
-// dq on its own, repeatable to the bit: a block keeps one tile of queries with their dout and walks the keys that its chunk
-// sees, as the forward pass does: S = Q K^T, dP = dO V^T, dQ += dS K, summed in registers in a fixed order.
+// dq on its own, repeatable to the bit: a block keeps one tile of queries with their dout and walks the keys that its
+// chunk sees, as the forward pass does: S = Q K^T, dP = dO V^T, dQ += dS K, summed in registers in a fixed order.
 #pragma once
 
 #include "backward_rows.cuh"
@@ -75,7 +75,7 @@ __device__ __forceinline__ void backward_dq_consume(typename Shape::Shared& shar
     wgmma_commit();
     wgmma_wait<1>();
     pin(scores);
-    if (p.causal && (n + 1) * kKeys > tile.row + consumer * 64 + 1) {
+    if (p.causal && same_in_warp((n + 1) * kKeys > tile.row + consumer * 64 + 1)) {
       mask_after<kKeys>(scores, row - n * kKeys, row - n * kKeys + 8);
     }
 #pragma unroll
