@@ -256,6 +256,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       const uint32_t dout = base + offsetof(typename Shape::Shared, dout) + at.stage * sizeof(shared.dout[0]);
 
       // S^T = K Q^T, and dP^T = V dO^T under its exponentials.
+      barrier_wait(&shared.q_landed[at.stage], at.phase);
       zero_foreign_queries<Shape>(q, run.queries - row);
       pin(scores);
       wgmma_fence();
