@@ -68,8 +68,8 @@ struct BackwardShape {
   };
 };
 
-// The walk: the chunks that see a key of the tile, in each the query heads that share the key head, in each the tiles of
-// queries (under a causal mask from the diagonal on).
+// The walk: the chunks that see a key of the tile, in each the query heads that share the key head, in each the tiles
+// of queries (under a causal mask from the diagonal on).
 template <class Shape>
 __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared, const BackwardParameters& p,
                                                  const Tile& tile, const CUtensorMap* map_q,
@@ -119,8 +119,8 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
 constexpr int kConsumersBarrier = 1;
 constexpr int kConsumerThreads = 2 * kWarpgroup;
 
-// In a chunk's last tile of queries, or of their gradients, the rows of the next one are zeroed: their weights are 0, and
-// 0 * NaN is NaN.
+// In a chunk's last tile of queries, or of their gradients, the rows of the next one are zeroed: their weights are 0,
+// and 0 * NaN is NaN.
 template <class Shape>
 __device__ __forceinline__ void zero_foreign_queries(uint32_t address, int present) {
   if (present < Shape::kQueries) {
@@ -189,8 +189,9 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
   float weight[2], weight_gradient[2] = {0.f, 0.f};
   Cursor<Shape::kStages> at;
 
-  // dQ = dS K needs both warpgroups' dS: each computes 64 queries, or 64 columns, over all 128 keys. It is done one step
-  // late, so that neither warpgroup waits for the other and the products of one run under the exponentials of the other.
+  // dQ = dS K needs both warpgroups' dS: each computes 64 queries, or 64 columns, over all 128 keys. It is done one
+  // step late, so that neither warpgroup waits for the other and the products of one run under the exponentials of the
+  // other.
   float* sums = nullptr;  // where the step before adds its part of dq
   const auto add_dq = [&](int of_turn, uint32_t base) {
     float dq[32];

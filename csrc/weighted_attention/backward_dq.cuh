@@ -1,5 +1,5 @@
-// dq on its own, repeatable to the bit: a block keeps one tile of queries with their dout and walks the keys that its chunk
-// sees, as the forward pass does: S = Q K^T, dP = dO V^T, dQ += dS K, summed in registers in a fixed order.
+// dq on its own, repeatable to the bit: a block keeps one tile of queries with their dout and walks the keys that its
+// chunk sees, as the forward pass does: S = Q K^T, dP = dO V^T, dQ += dS K, summed in registers in a fixed order.
 #pragma once
 
 #include "backward_rows.cuh"

@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
   const int64_t place = (int64_t(head) * p.rows.max_tiles + blockIdx.x) * kRowTile;
 
   if (p.rows.dq != nullptr) {
-    float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * padded_columns(kHeadDim));
-    for (int i = threadIdx.x; i < kRowTile * padded_columns(kHeadDim) / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
+    constexpr int kColumns = padded_columns(kHeadDim);
+    float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * kColumns);
+    for (int i = threadIdx.x; i < kRowTile * kColumns / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
   }
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 4
@@ -116,8 +117,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup) finish_dq_kernel(const FinishP
 
   const int consumer = threadIdx.x / kWarpgroup;
   const int64_t place = (int64_t(head) * p.rows.max_tiles + number) * kRowTile + part * kQueries;
-  const float4* sums = reinterpret_cast<const float4*>(p.rows.dq + place * padded_columns(kHeadDim)) + consumer * 8 * kWarpgroup +
-                       threadIdx.x % kWarpgroup;
+  const float4* sums = reinterpret_cast<const float4*>(p.rows.dq + place * padded_columns(kHeadDim)) +
+                       consumer * 8 * kWarpgroup + threadIdx.x % kWarpgroup;
   float dq[32];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

@@ -35,8 +35,8 @@ const int* int_vector(const Tensor& x, const char* name, int64_t least, const Te
 }
 
 const float* per_row(const Tensor& x, const char* name, const Tensor& q) {
-  TORCH_CHECK_VALUE(x.scalar_type() == torch::kFloat32 && x.is_contiguous() && x.device() == q.device() && x.dim() == 2 &&
-                  x.size(0) == q.size(0) && x.size(1) == q.size(1),
+  TORCH_CHECK_VALUE(x.scalar_type() == torch::kFloat32 && x.is_contiguous() && x.device() == q.device() &&
+                  x.dim() == 2 && x.size(0) == q.size(0) && x.size(1) == q.size(1),
               name, " must be contiguous fp32 (queries, heads)");
   return x.data_ptr<float>();
 }
@@ -82,12 +82,12 @@ wa::Problem make_problem(const Inputs& in) {
   p.chunks = in.cu_seqlens_q.size(0) - 1;
   p.samples = in.cu_seqlens_k.size(0) - 1;
   if (in.cu_chunks.has_value()) {
-    TORCH_CHECK_VALUE(!in.causal, "causal and cu_chunks exclude each other: attend a chunk to itself in a call of its own");
+    TORCH_CHECK_VALUE(!in.causal, "causal and cu_chunks exclude each other: let a chunk attend to itself in its own call");
     p.cu_chunks = int_vector(*in.cu_chunks, "cu_chunks", 1, q);
     TORCH_CHECK_VALUE(in.cu_chunks->size(0) == p.samples + 1, "cu_chunks must have an entry per sample and one more, ",
                       p.samples + 1, ", got ", in.cu_chunks->size(0));
   } else {
-    TORCH_CHECK_VALUE(p.chunks == p.samples, "cu_seqlens_q and cu_seqlens_k differ in samples, and there is no cu_chunks");
+    TORCH_CHECK_VALUE(p.chunks == p.samples, "cu_seqlens_q and cu_seqlens_k differ in samples, without cu_chunks");
   }
   if (in.k_visible.has_value()) {
     TORCH_CHECK_VALUE(in.cu_chunks.has_value(), "k_visible needs cu_chunks");

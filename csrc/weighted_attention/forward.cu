@@ -5,19 +5,13 @@
 namespace weighted_attention {
 namespace {
 
-template <typename T, int kHeadDim>
-struct Choice;
-template <typename T>
-struct Choice<T, 64> {
-  using Shape = ForwardShape<T, 64, 3, 128>;
+template <typename T, int kHeadDim, bool kCausal>
+struct Choice {
+  using Shape = ForwardShape<T, kHeadDim, 2, 128, 3, kCausal>;
 };
-template <typename T>
-struct Choice<T, 96> {
-  using Shape = ForwardShape<T, 96, 2, 128>;
-};
-template <typename T>
-struct Choice<T, 128> {
-  using Shape = ForwardShape<T, 128, 2, 128>;
+template <typename T, bool kCausal>
+struct Choice<T, 64, kCausal> {
+  using Shape = ForwardShape<T, 64, 3, 128, 4, kCausal>;
 };
 
 template <class Shape>
@@ -35,8 +29,7 @@ cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cud
 
   const ForwardParameters parameters{
       plan, p.log_weight, p.weight_stride_chunk, p.weight_stride_key,  p.weight_stride_head,
-      out,  lse,          p.heads,               p.heads / p.heads_kv, p.scale,
-      p.causal};
+      out,  lse,          p.heads,               p.heads / p.heads_kv, p.scale};
   const auto kernel = forward_kernel<Shape>;
   const int bytes = sizeof(typename Shape::Shared);
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -44,12 +37,18 @@ cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cud
   return cudaGetLastError();
 }
 
+template <typename T, bool kCausal>
+cudaError_t launch_dim(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
+  if (p.head_dim == 64) return launch<typename Choice<T, 64, kCausal>::Shape>(p, out, lse, workspace, stream);
+  if (p.head_dim == 96) return launch<typename Choice<T, 96, kCausal>::Shape>(p, out, lse, workspace, stream);
+  if (p.head_dim == 128) return launch<typename Choice<T, 128, kCausal>::Shape>(p, out, lse, workspace, stream);
+  return cudaErrorInvalidValue;
+}
+
 template <typename T>
 cudaError_t launch_type(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
-  if (p.head_dim == 64) return launch<typename Choice<T, 64>::Shape>(p, out, lse, workspace, stream);
-  if (p.head_dim == 96) return launch<typename Choice<T, 96>::Shape>(p, out, lse, workspace, stream);
-  if (p.head_dim == 128) return launch<typename Choice<T, 128>::Shape>(p, out, lse, workspace, stream);
-  return cudaErrorInvalidValue;
+  return p.causal ? launch_dim<T, true>(p, out, lse, workspace, stream)
+                  : launch_dim<T, false>(p, out, lse, workspace, stream);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // fall into it), and within a warpgroup P V of a key tile runs under the softmax of the next.
 #pragma once
 
-#include <limits.h>
+#include <type_traits>
 
 #include "pipeline.cuh"
 #include "plan.cuh"
@@ -20,7 +20,6 @@ struct ForwardParameters {
   float* lse;
   int heads, group;  // group: query heads per key head
   float scale;
-  bool causal;
 };
 
 // One tile of queries of one head, with the keys that its chunk sees.
@@ -32,46 +31,17 @@ struct alignas(16) ForwardWork {
   int key_tiles;       // how many tiles of them to walk; -1: there is no more work
 };
 
-// Tiles on their way from the warp that fetches them to all others, so that none waits for device memory between tiles.
-struct Schedule {
-  static constexpr int kStages = 2;
-  ForwardWork work[kStages];
-  Barrier ready[kStages], free[kStages];
-
-  __device__ void init(int readers) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&ready[i], 1);
-      barrier_init(&free[i], readers);
-    }
-  }
-  __device__ __forceinline__ void put(Cursor<kStages> at, const ForwardWork& next) {
-    barrier_wait(&free[at.stage], at.phase ^ 1);
-    work[at.stage] = next;
-    barrier_arrive(&ready[at.stage]);
-  }
-  // kWholeWarp: called by all lanes of a warp, or by one thread that reads for itself.
-  template <bool kWholeWarp>
-  __device__ __forceinline__ ForwardWork get(Cursor<kStages>& at) {
-    barrier_wait(&ready[at.stage], at.phase);
-    const ForwardWork next = work[at.stage];
-    if constexpr (kWholeWarp) {
-      warp_arrive(&free[at.stage]);
-    } else {
-      barrier_arrive(&free[at.stage]);
-    }
-    at.advance();
-    return next;
-  }
-};
-
-template <typename T_, int kHeadDim_, int kConsumers_, int kKeys_>
+template <typename T_, int kHeadDim_, int kConsumers_, int kKeys_, int kStages_, bool kCausal_>
 struct ForwardShape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kKeys = kKeys_;
   static constexpr int kQueries = 64 * kConsumers;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kStages_;
+  static constexpr bool kCausal = kCausal_;
+  // A sum of weights 2^x up to here is safe in T and, after summing and multiplying, in fp32.
+  static constexpr float kLimit = std::is_same<T, __half>::value ? 0x1p15f : 0x1p60f;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -83,25 +53,43 @@ struct ForwardShape {
     alignas(16) float bias[kStages][kKeys];
     Ring<kStages> ring_k, ring_v;
     Barrier q_landed, q_free;
-    Schedule schedule;
+    Handover<ForwardWork> schedule;
   };
 };
 
-// Running maximum and sum of the two rows that a lane shares with its quad.
+// Running base and sum of the two rows that a lane shares with its quad. Scores turn into weights
+// 2^(factor * (score - base)). The base need not be the maximum, it must only keep them within the floating-point
+// range: it is the maximum of the first tile of keys, and moves only where a later tile would leave that range.
 struct Softmax {
-  float maximum[2] = {minus_infinity(), minus_infinity()};
-  float sum[2] = {0.f, 0.f};  // this lane's columns only
+  float maximum[2] = {minus_infinity(), minus_infinity()};  // of the tiles that were searched
+  float sum[2] = {0.f, 0.f};                                // this lane's columns only
+  bool settled = false;                                     // every row of the warp has met a key
 
   // A row whose maximum is -inf has no key yet: any finite base will do.
   __device__ __forceinline__ float base(int row) const {
     return maximum[row] == minus_infinity() ? 0.f : maximum[row];
   }
 
-  // Turns scores into weights 2^(factor * (score - base)). The base follows the maximum only when that has grown by
-  // more than 2^8 in some row of the warp: until then the larger weights are as exact, and nothing is rescaled.
-  // Returns whether earlier results are to be multiplied by `rescale`.
+  // Turns scores into weights; `total`: their sums.
   template <int N>
-  __device__ __forceinline__ bool step(float (&scores)[N / 2], float factor, float (&rescale)[2]) {
+  __device__ __forceinline__ void exponentials(float (&scores)[N / 2], float factor, float (&total)[2]) const {
+    const float shift[2] = {-base(0) * factor, -base(1) * factor};
+    total[0] = total[1] = 0.f;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      scores[4 * j] = exp2_approx(fmaf(scores[4 * j], factor, shift[0]));
+      scores[4 * j + 1] = exp2_approx(fmaf(scores[4 * j + 1], factor, shift[0]));
+      scores[4 * j + 2] = exp2_approx(fmaf(scores[4 * j + 2], factor, shift[1]));
+      scores[4 * j + 3] = exp2_approx(fmaf(scores[4 * j + 3], factor, shift[1]));
+      total[0] += scores[4 * j], total[1] += scores[4 * j + 2];
+      total[0] += scores[4 * j + 1], total[1] += scores[4 * j + 3];
+    }
+  }
+
+  // A tile whose maximum is searched for and becomes the base where it is larger. Returns whether earlier results are
+  // to be multiplied by `rescale`.
+  template <int N>
+  __device__ __forceinline__ bool careful(float (&scores)[N / 2], float factor, float (&rescale)[2]) {
     float top[2] = {scores[0], scores[2]};
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -109,8 +97,7 @@ struct Softmax {
       top[1] = fmaxf(top[1], fmaxf(scores[4 * j + 2], scores[4 * j + 3]));
     }
     top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
-    const bool grown = (top[0] - maximum[0]) * factor > 8.f || (top[1] - maximum[1]) * factor > 8.f;
-    const bool moved = __any_sync(0xffffffffu, grown);
+    const bool moved = __any_sync(0xffffffffu, top[0] > maximum[0] || top[1] > maximum[1]);
     if (moved) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -120,33 +107,35 @@ struct Softmax {
         sum[row] *= rescale[row];
       }
     }
-    const float shift[2] = {-base(0) * factor, -base(1) * factor};
-    float partial[2] = {0.f, 0.f};
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      scores[4 * j] = exp2_approx(fmaf(scores[4 * j], factor, shift[0]));
-      scores[4 * j + 1] = exp2_approx(fmaf(scores[4 * j + 1], factor, shift[0]));
-      scores[4 * j + 2] = exp2_approx(fmaf(scores[4 * j + 2], factor, shift[1]));
-      scores[4 * j + 3] = exp2_approx(fmaf(scores[4 * j + 3], factor, shift[1]));
-      sum[0] += scores[4 * j], partial[0] += scores[4 * j + 1];
-      sum[1] += scores[4 * j + 2], partial[1] += scores[4 * j + 3];
-    }
-    sum[0] += partial[0], sum[1] += partial[1];
+    settled = __all_sync(0xffffffffu, maximum[0] > minus_infinity() && maximum[1] > minus_infinity());
+    float total[2];
+    exponentials<N>(scores, factor, total);
+    sum[0] += total[0], sum[1] += total[1];
     return moved;
+  }
+
+  // A tile without that search. False: a weight exceeds what is safe (its tile's sum exceeds `limit`), and the scores,
+  // which are lost, have to be computed again for `careful`; nothing has been added.
+  template <int N>
+  __device__ __forceinline__ bool hopeful(float (&scores)[N / 2], float factor, float limit) {
+    float total[2];
+    exponentials<N>(scores, factor, total);
+    if (__any_sync(0xffffffffu, total[0] > limit || total[1] > limit)) return false;
+    sum[0] += total[0], sum[1] += total[1];
+    return true;
   }
 };
 
 // Blocks take tiles one by one as they get free: the list begins with the most expensive ones.
 template <class Shape>
 __device__ __forceinline__ void forward_schedule(typename Shape::Shared& shared, const ForwardParameters& p) {
-  Cursor<Schedule::kStages> at;
+  Cursor<Handover<ForwardWork>::kStages> at;
   const int tiles = *p.plan.total * p.heads;
   for (int linear = blockIdx.x; linear < tiles; linear = gridDim.x + atomicAdd(p.plan.next, 1)) {
-    const Tile tile = find_tile(p.plan, linear, p.heads, Shape::kQueries, p.causal);
-    const int seen = p.causal ? min(tile.other_length, tile.row + Shape::kQueries) : tile.other_length;
+    const Tile tile = find_tile(p.plan, linear, p.heads, Shape::kQueries, Shape::kCausal);
+    const int seen = Shape::kCausal ? min(tile.other_length, tile.row + Shape::kQueries) : tile.other_length;
     shared.schedule.put(at, {tile.begin + tile.row, tile.length - tile.row, tile.row, tile.owner, tile.head,
                              tile.other_begin, tile.other_length, (seen + Shape::kKeys - 1) / Shape::kKeys});
-    at.advance();
   }
   shared.schedule.put(at, {0, 0, 0, 0, 0, 0, 0, -1});
 }
@@ -158,7 +147,7 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
   using T = typename Shape::T;
   constexpr int kTileBytes = tile_bytes<T, Shape::kKeys, Shape::kHeadDim>();
   Cursor<Shape::kStages> at;
-  Cursor<Schedule::kStages> next;
+  Cursor<Handover<ForwardWork>::kStages> next;
   uint32_t q_phase = 0;
   for (;;) {
     const ForwardWork work = shared.schedule.template get<false>(next);
@@ -188,7 +177,7 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
 template <class Shape>
 __device__ __forceinline__ void forward_weigh(typename Shape::Shared& shared, const ForwardParameters& p) {
   Cursor<Shape::kStages> at;
-  Cursor<Schedule::kStages> next;
+  Cursor<Handover<ForwardWork>::kStages> next;
   for (;;) {
     const ForwardWork work = shared.schedule.template get<true>(next);
     if (work.key_tiles < 0) return;
@@ -208,26 +197,33 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   Cursor<Shape::kStages> at;
-  Cursor<Schedule::kStages> next;
+  Cursor<Handover<ForwardWork>::kStages> next;
   uint32_t q_phase = 0;
   const float factor = p.scale * kLog2e;
   const uint32_t q = shared_address(shared.q) + consumer * 64 * kPanelBytes;
   float scores[kKeys / 2], out[kHeadDim / 2];
   uint32_t weights[kKeys / 4];
+  const auto multiply_keys = [&](int stage) {
+    multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[stage]), true);
+  };
 
   for (;;) {
-    const ForwardWork work = shared.schedule.template get<true>(next);
-    if (work.key_tiles < 0) break;
-    // Under a causal mask a warpgroup needs fewer tiles than its block walks, and masks the last of them.
-    const int row = work.row + consumer * 64;
-    const int key_tiles = p.causal ? min(work.key_tiles, (row + 64 + kKeys - 1) / kKeys) : work.key_tiles;
-    const int first_masked = p.causal ? (row + 1) / kKeys : INT_MAX;
+    const ForwardWork& work = shared.schedule.look(next);
+    const int key_tiles = work.key_tiles;
+    if (key_tiles < 0) break;
     const auto mask = [&](int n) {
-      const int last = row + fragment_row() - n * kKeys;
-      if (n >= first_masked) mask_after<kKeys>(scores, last, last + 8);
+      if constexpr (Shape::kCausal) {
+        const int row = work.row + consumer * 64;
+        const int last = row + fragment_row() - n * kKeys;
+        if (same_in_warp((n + 1) * kKeys > row + 1)) mask_after<kKeys>(scores, last, last + 8);
+      }
     };
     Softmax softmax;
     float rescale[2];
+    // Rows that do not exist hold another chunk's queries: above every score, their base never has to move, so that no
+    // result depends on them.
+    if (consumer * 64 + fragment_row() >= work.queries) softmax.maximum[0] = 3e38f;
+    if (consumer * 64 + fragment_row() + 8 >= work.queries) softmax.maximum[1] = 3e38f;
 
     if (key_tiles == 0) {
 #pragma unroll
@@ -239,13 +235,13 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       load_bias<kKeys>(scores, shared.bias[at.stage]);
       pin(scores);
       wgmma_fence();
-      multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[at.stage]), true);
+      multiply_keys(at.stage);
       wgmma_commit();
       wgmma_wait<0>();
       pin(scores);
       shared.ring_k.release(at);
       mask(0);
-      softmax.step<kKeys>(scores, factor, rescale);
+      softmax.careful<kKeys>(scores, factor, rescale);
       pack_fragments<T, kKeys>(weights, scores);
 
       for (int n = 1; n < key_tiles; ++n) {
@@ -256,22 +252,31 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
         shared.ring_v.wait_ready(before);
         pin(scores), pin(out), pin(weights);
         wgmma_fence();
-        multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[at.stage]), true);
+        multiply_keys(at.stage);
         wgmma_commit();
         multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[before.stage]), n > 1);
         wgmma_commit();
         wgmma_wait<1>();
         pin(scores);
-        shared.ring_k.release(at);
         mask(n);
-        const bool moved = softmax.step<kKeys>(scores, factor, rescale);
+        if (!softmax.settled || !softmax.hopeful<kKeys>(scores, factor, Shape::kLimit)) {
+          if (softmax.settled) {
+            load_bias<kKeys>(scores, shared.bias[at.stage]);
+            multiply_rows_alone<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[at.stage]));
+            mask(n);
+          }
+          const bool moved = softmax.careful<kKeys>(scores, factor, rescale);
+          if (moved) {
+            wgmma_wait<0>();
+            pin(out);
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[i / 2 % 2];
+          }
+        }
+        shared.ring_k.release(at);
         wgmma_wait<0>();
         pin(out), pin(weights);
         shared.ring_v.release(before);
-        if (moved) {
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= rescale[i / 2 % 2];
-        }
         pack_fragments<T, kKeys>(weights, scores);
       }
       warp_arrive(&shared.q_free);
@@ -284,13 +289,6 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       pin(out);
       shared.ring_v.release(at);
       at.advance();
-      for (int n = key_tiles; n < work.key_tiles; ++n) {
-        shared.ring_k.wait_ready(at);
-        shared.ring_k.release(at);
-        shared.ring_v.wait_ready(at);
-        shared.ring_v.release(at);
-        at.advance();
-      }
     }
 
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
@@ -308,6 +306,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
             sum[i] == 0.f ? minus_infinity() : (softmax.base(i) * factor + log2f(sum[i])) * kLn2;
       }
     }
+    shared.schedule.done(next);
     store_fragment<T, kHeadDim>(out, inverse[0], inverse[1], address[0], address[1]);
   }
 }

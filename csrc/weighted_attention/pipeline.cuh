@@ -35,6 +35,49 @@ struct Ring {
   __device__ __forceinline__ void release(Cursor<kStages> at) { warp_arrive(&free[at.stage]); }
 };
 
+// What is to be done, on its way from the thread that finds out to the warps that do it, so that none waits for device
+// memory between two pieces of work.
+template <class Work>
+struct Handover {
+  static constexpr int kStages = 2;
+  Work work[kStages];
+  Barrier ready[kStages], free[kStages];
+
+  __device__ void init(int readers) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&ready[i], 1);
+      barrier_init(&free[i], readers);
+    }
+  }
+  __device__ __forceinline__ void put(Cursor<kStages>& at, const Work& next) {
+    barrier_wait(&free[at.stage], at.phase ^ 1);
+    work[at.stage] = next;
+    barrier_arrive(&ready[at.stage]);
+    at.advance();
+  }
+  // For a warp that looks at its work until `done`, and keeps nothing of it in registers.
+  __device__ __forceinline__ const Work& look(Cursor<kStages> at) {
+    barrier_wait(&ready[at.stage], at.phase);
+    return work[at.stage];
+  }
+  __device__ __forceinline__ void done(Cursor<kStages>& at) {
+    warp_arrive(&free[at.stage]);
+    at.advance();
+  }
+  // kWholeWarp: called by all lanes of a warp, or by one thread that reads for itself.
+  template <bool kWholeWarp>
+  __device__ __forceinline__ Work get(Cursor<kStages>& at) {
+    const Work next = look(at);
+    if constexpr (kWholeWarp) {
+      done(at);
+    } else {
+      barrier_arrive(&free[at.stage]);
+      at.advance();
+    }
+    return next;
+  }
+};
+
 // Loads kRows tokens of one head, panel by panel.
 template <typename T, int kRows, int kHeadDim>
 __device__ __forceinline__ void load_tile(T* tile, const CUtensorMap* map, Barrier* barrier, int head, int token) {
@@ -61,15 +104,14 @@ struct WeightReader {
         step(32 * stride),
         keys(keys_ - threadIdx.x % 32) {}
 
-  // What the scores' accumulators start from: w / scale.
-  __device__ __forceinline__ float next_bias(float inverse_scale) {
-    float bias = keys > 0 ? 0.f : minus_infinity();
+  __device__ __forceinline__ float next() {
+    float w = keys > 0 ? 0.f : minus_infinity();
     if (weight != nullptr) {
-      if (keys > 0) bias = *weight * inverse_scale;
+      if (keys > 0) w = *weight;
       weight += step;
     }
     keys -= 32;
-    return bias;
+    return w;
   }
 };
 
@@ -104,15 +146,15 @@ __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t 
   WeightReader reader(log_weight, stride, keys);
   float next[kPerLane];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) next[i] = reader.next_bias(inverse_scale);
+  for (int i = 0; i < kPerLane; ++i) next[i] = reader.next();
   for (int n = 0; n < tiles; ++n) {
     ring_k.wait_landed(at);  // so the biases of the tile before in this stage have been read, too
     bool absent = false;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      bias[at.stage][threadIdx.x % 32 + 32 * i] = next[i];
+      bias[at.stage][threadIdx.x % 32 + 32 * i] = next[i] * inverse_scale;  // what the scores' accumulators start from
       absent |= next[i] == minus_infinity();
-      next[i] = reader.next_bias(inverse_scale);
+      next[i] = reader.next();
     }
     const bool any_absent = __any_sync(0xffffffffu, absent);
     if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], k[at.stage]);

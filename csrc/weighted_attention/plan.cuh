@@ -1,8 +1,8 @@
 // The tile list: which rows of which chunk or sample each block works on, most expensive ones first.
 //
 // Tiles never cross chunks of queries or samples of keys. Each of these owns the consecutive tiles
-// first .. first + count - 1 for one head; over all heads the list is walked owner by owner, head by head, so that tiles
-// sharing keys run together and find them in L2.
+// first .. first + count - 1 for one head; over all heads the list is walked owner by owner, head by head, so that
+// tiles sharing keys run together and find them in L2.
 #pragma once
 
 #include "ptx.cuh"

@@ -132,6 +132,30 @@ __device__ __forceinline__ void store_matrix(uint32_t address, uint32_t a, uint3
                : "memory");
 }
 
+// Its inverse: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrix(uint32_t address, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+
+// One warp's product: d (16 x 8) += A (16 x 16) * B (16 x 8), fragments as wgmma's.
+template <typename T>
+__device__ __forceinline__ void warp_multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1);
+
+#define TA_WARP_MULTIPLY(T, TYPE)                                                                                      \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void warp_multiply<T>(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {           \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                               \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                     \
+  }
+TA_WARP_MULTIPLY(__nv_bfloat16, "bf16")
+TA_WARP_MULTIPLY(__half, "f16")
+#undef TA_WARP_MULTIPLY
+
 __device__ __forceinline__ void add_to_global(float* address, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(a), "f"(b), "f"(c),
                "f"(d)

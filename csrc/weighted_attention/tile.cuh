@@ -42,12 +42,46 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[N / 2], const uint
   }
 }
 
+// Address of 16 bytes, in the swizzled order, of a tile of kRows.
+template <int kRows>
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk) {
+  return tile + (chunk / 8 * kRows + row) * kPanelBytes + (chunk % 8 ^ row % 8) * 16;
+}
+
+// This warp's 16 of a warpgroup's 64 rows (from `tile` on), columns 16 k .. 16 k + 15, as an A fragment.
+template <int kRows>
+__device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t tile, int k, int thread) {
+  const int row = thread % kWarpgroup / 32 * 16 + thread % 16;
+  load_matrix(chunk_address<kRows>(tile, row, 2 * k + thread / 16 % 2), a[0], a[1], a[2], a[3]);
+}
+
+// d (16 of 64 rows x N) += A * B^T as multiply_rows computes it, by one warp alone and slowly.
+template <typename T, int N, int kDepth, int kRowsA, int kRowsB>
+__device__ __forceinline__ void multiply_rows_alone(float (&d)[N / 2], uint32_t a, uint32_t b) {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // addresses are computed here, not kept in registers by the loop around
+  const int lane = thread % 32;
+#pragma unroll 1
+  for (int k = 0; k < kDepth / 16; ++k) {
+    uint32_t fragment[4];
+    load_fragment<kRowsA>(fragment, a, k, thread);
+#pragma unroll
+    for (int j = 0; j < N / 16; ++j) {
+      uint32_t c[4];
+      const int row = 16 * j + lane / 16 * 8 + lane % 8;
+      load_matrix(chunk_address<kRowsB>(b, row, 2 * k + lane / 8 % 2), c[0], c[1], c[2], c[3]);
+      warp_multiply<T>(&d[8 * j], fragment, c[0], c[1]);
+      warp_multiply<T>(&d[8 * j + 4], fragment, c[2], c[3]);
+    }
+  }
+}
+
 // Tiles are stored in whole panels: columns of head_dim, rounded up. What lies beyond head_dim is 0 (the copy engine
 // fills it) and no product reads it, except where two warpgroups share one by panels.
 __host__ __device__ constexpr int padded_columns(int head_dim) { return (head_dim + kPanel - 1) / kPanel * kPanel; }
 
-// Hides the keys after `last` in a score fragment (64 queries x N keys) whose first column is key 0: a causal mask, with
-// one `last` for each of the lane's rows.
+// Hides the keys after `last` in a score fragment (64 queries x N keys) whose first column is key 0: a causal mask,
+// with one `last` for each of the lane's rows.
 template <int N>
 __device__ __forceinline__ void mask_after(float (&scores)[N / 2], int last_upper, int last_lower) {
   const int upper = last_upper - fragment_column(), lower = last_lower - fragment_column();
@@ -74,6 +108,9 @@ __device__ __forceinline__ void mask_before(float (&scores)[N / 2], int first_up
     }
   }
 }
+
+// A condition that is the same in every lane, said so to the compiler: otherwise it prepares for lanes that part ways.
+__device__ __forceinline__ bool same_in_warp(bool condition) { return __any_sync(0xffffffffu, condition); }
 
 // The same value, in every lane; hidden from the optimiser, so that what is computed from it is computed where it is
 // used and not kept in registers around a loop. Being uniform, it goes to the uniform registers that descriptors need.

@@ -1,90 +1,23 @@
-"""The sm_90a kernel against float64: ragged packs, weights, absent keys, NaN in foreign rows, repeatability.
-
-Needs a Hopper GPU; takes the extension `ta_weighted_attention` from the path, or builds it (about a minute).
-"""
-
-import math
-from pathlib import Path
+"""The sm_90a kernel against float64: ragged packs, weights, absent keys, NaN in foreign rows, repeatability."""
 
 import pytest
 import torch
+from weighted_attention_harness import NAMES, check, make_inputs, relative, run
 from weighted_attention_reference import reference_gradients
-
-if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-    pytest.skip("needs a Hopper GPU", allow_module_level=True)
-try:
-    import ta_weighted_attention as kernel
-except ModuleNotFoundError:
-    from torch.utils.cpp_extension import load
-
-    SOURCES = Path(__file__).parents[2] / "csrc" / "weighted_attention"
-    kernel = load(
-        "ta_weighted_attention",
-        [str(SOURCES / name) for name in ("binding.cpp", "forward.cu", "backward.cu")],
-        extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
-    )
 
 RAGGED_Q = [1, 64, 0, 129, 300, 7, 65, 0, 63, 200]
 RAGGED_K = [5, 176, 10, 300, 1, 0, 177, 0, 129, 511]
-TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
-NAMES = ("out", "lse", "dq", "dk", "dv", "dlog_weight")
-
-
-def offsets(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).int().cuda()
-
-
-def make_inputs(lengths_q, lengths_k, heads, heads_kv, dim, dtype, per_head, absent=0.0, seed=0):
-    g = torch.Generator("cuda").manual_seed(seed)
-
-    def draw(tokens, h):
-        return torch.randn(tokens, h, dim, generator=g, device="cuda").to(dtype)
-
-    tq, tk = sum(lengths_q), sum(lengths_k)
-    q, k, v, dout = draw(tq, heads), draw(tk, heads_kv), draw(tk, heads_kv), draw(tq, heads)
-    shape = (tk, heads) if per_head else (tk,)
-    log_weight = torch.rand(shape, generator=g, device="cuda") * math.log(1e7)
-    log_weight[torch.rand(shape, generator=g, device="cuda") < absent] = -torch.inf
-    dlse = torch.randn(tq, heads, generator=g, device="cuda")
-    return q, k, v, log_weight, dout, dlse
-
-
-def run(q, k, v, log_weight, lengths_q, lengths_k, scale, dout, dlse, deterministic):
-    # what the allocator hands out next holds NaN: an element that is not written shows
-    poison = [torch.full_like(x, torch.nan) for x in (q, q, k, v, q, k, v)]
-    poison += [torch.full((64 << 20,), torch.nan, device="cuda")]
-    del poison
-    cu = offsets(lengths_q), offsets(lengths_k)
-    out, lse = kernel.forward(q, k, v, log_weight, *cu, scale)
-    gradients = kernel.backward(dout, dlse, q, k, v, log_weight, out, lse, *cu, scale, True, deterministic)
-    torch.cuda.synchronize()
-    return (out, lse, *gradients)
-
-
-def relative(got, want):
-    got, want = got.double(), want.double()
-    infinite = want == -torch.inf
-    assert torch.equal(got == -torch.inf, infinite)
-    got, want = got.where(~infinite, 0), want.where(~infinite, 0)
-    assert torch.isfinite(got).all()
-    norm = want.norm()
-    return ((got - want).norm() / norm).item() if norm > 0 else got.norm().item()
-
-
-def check(results, expected, dtype):
-    errors = {name: relative(a, b) for name, a, b in zip(NAMES, results, expected, strict=False)}
-    print({name: f"{error:.2e}" for name, error in errors.items()})
-    assert errors.pop("lse") < 2e-4
-    assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["repeatable", "atomic"])
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
 @pytest.mark.parametrize("heads, heads_kv", [(2, 2), (4, 2)])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_ragged(dtype, dim, heads, heads_kv, per_head, deterministic):
-    inputs = make_inputs(RAGGED_Q, RAGGED_K, heads, heads_kv, dim, dtype, per_head, absent=0.1, seed=dim + heads)
+    inputs = make_inputs(
+        RAGGED_Q, RAGGED_K, heads, heads_kv, dim, dtype, (heads,) if per_head else (), absent=0.1, seed=dim + heads
+    )
     q, k, v, w, dout, dlse = inputs
     scale = dim**-0.5
     results = run(q, k, v, w, RAGGED_Q, RAGGED_K, scale, dout, dlse, deterministic)
@@ -95,7 +28,7 @@ def test_ragged(dtype, dim, heads, heads_kv, per_head, deterministic):
 @pytest.mark.parametrize("deterministic", [True, False], ids=["repeatable", "atomic"])
 def test_long(dim, deterministic):
     lengths = [1500, 3000]
-    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 2, 1, dim, torch.bfloat16, False, absent=0.01)
+    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 2, 1, dim, torch.bfloat16, (), absent=0.01)
     q = q * 3  # peaked rows: maxima that move
     results = run(q, k, v, w, lengths, lengths, dim**-0.5, dout, dlse, deterministic)
     check(results, reference_gradients(q, k, v, w, lengths, lengths, dim**-0.5, dout, dlse), torch.bfloat16)
@@ -105,7 +38,7 @@ def test_long(dim, deterministic):
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_nan_stays_at_home(dim, per_head, deterministic):
-    q, k, v, w, dout, dlse = make_inputs(RAGGED_Q, RAGGED_K, 4, 2, dim, torch.bfloat16, per_head, absent=0.0)
+    q, k, v, w, dout, dlse = make_inputs(RAGGED_Q, RAGGED_K, 4, 2, dim, torch.bfloat16, (4,) if per_head else ())
     absent = torch.rand(len(k), device="cuda") < 0.1
     w[absent] = -torch.inf
     if per_head:
@@ -132,7 +65,7 @@ def test_nan_stays_at_home(dim, per_head, deterministic):
 
 def test_strided_rows():
     lengths = [100, 30]
-    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 4, 4, 64, torch.bfloat16, False)
+    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 4, 4, 64, torch.bfloat16, ())
     packed = torch.stack([q, k, v], 1)  # (tokens, 3, heads, head_dim), as a fused projection leaves them
     results = run(*packed.unbind(1), w, lengths, lengths, 0.125, dout, dlse, True)
     for got, want in zip(results, run(q, k, v, w, lengths, lengths, 0.125, dout, dlse, True), strict=False):
@@ -141,7 +74,7 @@ def test_strided_rows():
 
 @pytest.mark.parametrize("lengths_q, lengths_k", [([], []), ([0, 0], [0, 0]), ([5, 3], [0, 0]), ([0, 0], [5, 3])])
 def test_empty(lengths_q, lengths_k):
-    q, k, v, w, dout, dlse = make_inputs(lengths_q, lengths_k, 2, 2, 64, torch.bfloat16, False)
+    q, k, v, w, dout, dlse = make_inputs(lengths_q, lengths_k, 2, 2, 64, torch.bfloat16, ())
     for deterministic in (True, False):
         out, lse, *gradients = run(q, k, v, w, lengths_q, lengths_k, 0.125, dout, dlse, deterministic)
         assert (out == 0).all() and (lse == -torch.inf).all()
@@ -151,7 +84,7 @@ def test_empty(lengths_q, lengths_k):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_repeats_to_the_bit(dim):
     lengths = [700, 10, 0, 1300, 64]
-    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 8, 4, dim, torch.bfloat16, True, absent=0.05)
+    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 8, 4, dim, torch.bfloat16, (8,), absent=0.05)
     first = run(q, k, v, w, lengths, lengths, dim**-0.5, dout, dlse, True)
     for _ in range(50):
         again = run(q, k, v, w, lengths, lengths, dim**-0.5, dout, dlse, True)

@@ -21,6 +21,6 @@ def test_compiles_without_spills(source, tmp_path):
     assert result.returncode == 0, report
     # "wgmma.mma_async instructions are serialized": the products would no longer overlap with anything
     assert "serialized" not in report, report
-    # the weight warp of the forward pass may spill a counter, the consumers nothing
+    # a few words of state at head_dim 64, where three warpgroups share the registers; no fragment
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-    assert spilled and max(spilled) <= 32, report
+    assert spilled and max(spilled) <= 64, report
