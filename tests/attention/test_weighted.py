@@ -132,7 +132,9 @@ def test_samples_without_keys_or_queries(backend: str) -> None:
     for lengths in ((), ((0, 0),), ((3, 0),), ((0, 3),), ((2, 0), (0, 2)), ((2, 3), (4, 0), (0, 5), (1, 1))):
         call = tensors(Problem(lengths), torch.float32)
         out, lse = weighted_attention(**call, return_lse=True, backend=backend)
-        keyless = torch.cat([torch.full((n_q,), n_k == 0) for n_q, n_k in sizes] or [torch.zeros(0, dtype=torch.bool)])
+        keyless = torch.cat(
+            [torch.full((n_q,), n_k == 0) for n_q, n_k in lengths] or [torch.zeros(0, dtype=torch.bool)]
+        )
         assert torch.equal((lse == -torch.inf).all(1), keyless)
         assert not out[keyless].any()
         grads = torch.autograd.grad(out.sum(), [call["q"], call["k"], call["v"], call["log_weight"]])

@@ -11,6 +11,7 @@ from ta_plugin.attention.backends.measured import rate
 from ta_plugin.attention.runs import Runs
 
 BACKENDS = ("reference", "sdpa", "flex", "hopper", "flash4")
+ON_REQUEST = ("flash4",)  # never chosen: its tests behind this contract have not run on a GPU yet
 FEW_QUERIES = 16  # per run, below which a call of sdpa for each run costs more than writing all scores
 
 
@@ -57,7 +58,8 @@ def choose(
 
     device: where the call runs; a Machine says what is installed there, a torch.device has it looked up, building nothing
     runs:   with per-query weights, how the queries follow each other
-    On a GPU the fastest is looked up in `measured`; a backend without figures for such calls is taken on request only.
+    On a GPU the fastest is looked up in `measured`; a backend without figures for such calls is taken on request only,
+    and so are those of ON_REQUEST.
     """
     machine = device if isinstance(device, Machine) else Machine.of(device, build=False)
     call = _Call(dtype, head_dim, value_dim, per_query_weights, causal, runs, weighted, per_head, weight_grad)
@@ -77,10 +79,14 @@ def choose(
         if limits[name] is None
     }
     measured = {name: value for name, value in rates.items() if value is not None}
+    able = {name: value for name, value in measured.items() if name not in ON_REQUEST}
     others = "; ".join(f"{name} {limit}" for name, limit in limits.items() if limit)
-    if measured:
-        name = max(measured, key=lambda n: measured[n])
-        figures = ", ".join(f"{n} {value:.0f}" for n, value in sorted(measured.items(), key=lambda x: -x[1]))
+    if able:
+        name = max(able, key=lambda n: able[n])
+        figures = ", ".join(
+            f"{n} {value:.0f}{' (on request only)' if n in ON_REQUEST else ''}"
+            for n, value in sorted(measured.items(), key=lambda x: -x[1])
+        )
         what = (
             f"head_dim {head_dim}, about {keys_per_sample} keys a sample, {'with' if weighted else 'without'} weights"
         )

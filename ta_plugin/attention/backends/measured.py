@@ -1,7 +1,8 @@
 """How fast the GPU backends were measured: what `choose` ranks them by.
 
-TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, one H200, driver 580.159, torch 2.11.0+cu130,
-flash-attn-4 4.0.0b36, by `examples/benchmarks/weighted_attention.py`; csrc/NOTES.md holds the tables these come from.
+TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36, by
+`examples/benchmarks/weighted_attention.py`. H200: ours and flash-attn-4 without weights at three lengths (csrc/NOTES.md); flash-attn-4
+with weights at 16k, and FlexAttention, at one length each, taken for all. H100: flash-attn-4 repeatable (examples/benchmarks/README.md).
 """
 
 from __future__ import annotations
