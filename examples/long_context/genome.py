@@ -33,6 +33,7 @@ from ta_plugin.data.genome import Genome
 from ta_plugin.models.genome import GenomeModel
 
 CONSOLE = Console(width=118)
+ON_GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -224,15 +225,17 @@ def main(
     fasta: Annotated[Path, typer.Option(help="a genome, .fa or .fa.gz; several records are one genome")],
     out: Annotated[Path, typer.Option(help="results and plot go here")] = Path("runs/genome"),
     k: Annotated[int, typer.Option(help="bases of a token; 4 ** k tokens at the most")] = 6,
-    steps: Annotated[int, typer.Option(help="updates of each model")] = 1500,
+    steps: Annotated[int, typer.Option(help="updates of each model")] = 3000 if ON_GPU else 400,
     spans: Annotated[int, typer.Option(help="hidden spans a step")] = 64,
     length: Annotated[int, typer.Option(help="bases of a span")] = 4,
     flank: Annotated[int, typer.Option(help="bases seen on each side of a span")] = 48,
     dim: int = 64,
     learning_rate: float = 3e-3,
-    longest_plain: Annotated[int, typer.Option(help="positions up to which plain attention is timed")] = 5_000_000,
+    longest_plain: Annotated[int, typer.Option(help="positions up to which plain attention is timed")] = 5_000_000
+    if ON_GPU
+    else 1_000_000,
     repeats: int = 3,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda" if ON_GPU else "cpu",
 ) -> None:
     """Train, compare, time, and report."""
     genome = Genome.of(read_fasta(fasta), k).to(device)
