@@ -10,6 +10,7 @@ import torch
 from core_loop import mask_tokens
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from token_keyed_gpt import TokenKeyedGPT, build_token_keyed
 from torch import Tensor
 
 from ta_plugin.megatron import TokenizedModel, get_mixed_block_spec
@@ -25,11 +26,16 @@ def build_model(
     rotary_base: float | None,
     vp_stage: int | None = None,
     **stage: Any,
-) -> TokenizedModel:
-    """The first layers tokenized, the others stock: causal for the objective "next", where all are stock.
+) -> TokenizedModel | TokenKeyedGPT:
+    """The first layers tokenized, the others stock: causal for the objective "next", where all are stock, or some token-keyed.
 
     config_of: makes the config of `args` with changes; token_ids: how many ids the data has
     """
+    if args.ta_token_keyed_every is not None:
+        ids = vocabulary(args, token_ids)
+        return build_token_keyed(args, config_of, groups, ids, rotary_base=rotary_base, vp_stage=vp_stage, **stage)
+    if args.ta_window is not None:
+        raise ValueError(f"--ta-window is {args.ta_window} without --ta-token-keyed-every; give both, or leave it out")
     masked = args.ta_objective == "masked"
     tokenized = args.ta_tokenized_layers
     if tokenized is None:

@@ -30,6 +30,19 @@ def add_ta_arguments(parser: ArgumentParser) -> ArgumentParser:
         "bidirectional stock ones)",
     )
     group.add_argument(
+        "--ta-token-keyed-every",
+        type=int,
+        default=None,
+        help="of pretrain_gpt.py: every so-many-th layer of a causal stack has keys and values of tokens alone and sees all positions "
+        "before (default: none); an architecture choice, which rotary checkpoints do not load into",
+    )
+    group.add_argument(
+        "--ta-window",
+        type=int,
+        default=None,
+        help="beside token-keyed layers: how many positions the other layers see, their own among them (default: all)",
+    )
+    group.add_argument(
         "--ta-row-multiple", type=int, default=1, help="pad each rank's distinct rows to this multiple (default: 1)"
     )
     group.add_argument(

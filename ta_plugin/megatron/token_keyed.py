@@ -30,6 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention, choose_chunk
+from ta_plugin.megatron.core_attention import SDPACoreAttention
 from ta_plugin.megatron.layer_specs import final_norm, has_transformer_engine, stock_spec
 from ta_plugin.unique_space import UniqueSpace
 
@@ -235,6 +236,7 @@ def get_token_keyed_block_spec(
     *,
     every: int = 4,
     use_transformer_engine: bool | None = None,
+    use_sdpa: bool = False,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     **options: Any,
@@ -243,6 +245,9 @@ def get_token_keyed_block_spec(
 
     The others are stock causal layers, rotary if the model is; give them a sliding window by config.window_size = (W - 1, 0). Padding
     must follow the valid positions. options: as for `get_token_keyed_layer_spec`. Raises ValueError unless every >= 1.
+
+    use_sdpa: torch's scaled_dot_product_attention in local stock layers, as in `get_mixed_block_spec`; it wants an attention_mask, which
+              then holds the window too
     """
     if every < 1:
         raise ValueError(f"every is {every}; pass 1 (all layers) or more")
@@ -252,7 +257,9 @@ def get_token_keyed_block_spec(
     plain = ModuleSpec(
         module=UnplannedTransformerLayer,
         params=dict(stock.params or {}),
-        submodules=replace(stock.submodules, self_attention=_causal(stock.submodules.self_attention)),
+        submodules=replace(
+            stock.submodules, self_attention=_causal(stock.submodules.self_attention, use_sdpa and not engine)
+        ),
     )
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     numbers = range(first + 1, first + 1 + get_num_layers_to_build(config, vp_stage, pp_rank))
@@ -271,8 +278,10 @@ def chunks_of(packed_seq_params: PackedSeqParams | None) -> CausalChunks:
     return chunks
 
 
-def _causal(attention: Any) -> Any:
+def _causal(attention: Any, use_sdpa: bool) -> Any:
     changed = copy(attention)
+    if use_sdpa:
+        changed.submodules = replace(attention.submodules, core_attention=SDPACoreAttention)
     changed.params = {**(attention.params or {}), "attn_mask_type": AttnMaskType.causal}
     return changed
 

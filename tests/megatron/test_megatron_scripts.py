@@ -51,9 +51,17 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def on(processes: int, script: str | Path, *arguments: str | Path) -> str:
+    launcher = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    return run(*launcher, str(processes), script, *arguments)
+
+
+def on_one(script: str | Path, *arguments: str | Path) -> str:
+    return on(1, script, *arguments)
+
+
 def on_two(script: str | Path, *arguments: str | Path) -> str:
-    launcher = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    return run(*launcher, script, *arguments)
+    return on(2, script, *arguments)
 
 
 def losses(output: str) -> list[float]:
@@ -69,6 +77,23 @@ def test_pretrain_gpt_on_core_alone(objective: str) -> None:
     whole = losses(on_two(script, *options, "--ta-ssp-size", "1"))
     assert losses(on_two(script, *options, "--ta-ssp-size", "2")) == pytest.approx(whole, abs=1e-4)  # as printed
     assert whole[-1] < whole[0] - 1
+
+
+KEYED = ["--ta-token-keyed-every", "2", "--ta-window", "8"]
+
+
+def test_pretrain_gpt_with_token_keyed_layers() -> None:
+    command = [EXAMPLES / "pretrain_gpt.py", "--core", *KEYED, "--train-iters", "20"]
+    command += ["--seq-length", "64", "--hidden-size", "32"]
+    whole = losses(on_one(*command))
+    assert whole[-1] < whole[0] - 1
+    halves = losses(on_two(*command, "--tensor-model-parallel-size", "2"))
+    assert halves == pytest.approx(whole, abs=1e-3)  # as printed
+
+
+def test_what_token_keyed_layers_do_not_cover_is_refused() -> None:
+    with pytest.raises(AssertionError, match="--ta-ssp-size is 2 with --ta-token-keyed-every 2"):
+        on_two(EXAMPLES / "pretrain_gpt.py", "--core", *KEYED, "--ta-ssp-size", "2")
 
 
 def test_one_node_ranks_held_out_items(tmp_path: Path) -> None:
