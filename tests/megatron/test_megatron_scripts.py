@@ -119,6 +119,13 @@ def test_pretrain_gpt_through_megatron_training(objective: str, other: list[str]
 
 @training
 @pytest.mark.newest
+def test_token_keyed_layers_through_megatron_training() -> None:
+    printed = losses(on_two(HERE / "run_script.py", EXAMPLES / "pretrain_gpt.py", *GPT, *KEYED))
+    assert len(printed) == 4 and printed[-1] < printed[0] - 0.1
+
+
+@training
+@pytest.mark.newest
 def test_pretrain_gpt_with_pipeline_stages() -> None:
     options = [EXAMPLES / "pretrain_gpt.py", *GPT, "--ta-objective", "masked", "--pipeline-model-parallel-size", "2"]
     assert len(losses(on_two(HERE / "run_script.py", *options))) == 4
