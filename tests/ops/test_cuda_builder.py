@@ -58,7 +58,7 @@ def test_compiles_links_and_registers_its_operators(spec: OpSpec, monkeypatch: p
         assert "sm_90a" in listed.stdout, listed.stdout + listed.stderr
     if spec.name == "ta_weighted_attention":  # the binding runs, and says what it wants
         rows, bounds = torch.zeros(2, 1, 64, dtype=torch.bfloat16), torch.tensor([0, 2], dtype=torch.int32)
-        with pytest.raises(RuntimeError, match="q must be on a CUDA device"):
+        with pytest.raises(ValueError, match="q must be on a CUDA device"):
             module.forward(rows, rows, rows, torch.zeros(2), bounds, bounds, 0.125)
 
 
