@@ -14,7 +14,7 @@ from ta_plugin.attention.backends import BackendChoice
 from ta_plugin.attention.dense import Activation, Normaliser, dense_attention
 from ta_plugin.attention.weighted import weighted_attention
 from ta_plugin.ops import Segments, expand
-from ta_plugin.ops.registry import define, is_compiled, load_extension
+from ta_plugin.ops.registry import define, is_compiled, load_kernel
 from ta_plugin.ops.target import TARGET_ATTENTION
 
 
@@ -177,7 +177,7 @@ def _not_ready(device: str) -> str | None:
 
 @cache  # one try per process
 def _build(device: str) -> str | None:
-    reason = load_extension(TARGET_ATTENTION.name, device)
+    reason = load_kernel(TARGET_ATTENTION.name, device)
     if reason is None:
         return None
     warnings.warn(f"target_attention writes out a row per key: {reason}", stacklevel=5)

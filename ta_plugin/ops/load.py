@@ -11,7 +11,7 @@ import torch
 
 from ta_plugin.ops.merging import MERGE, MERGE_BACKWARD
 from ta_plugin.ops.planning import OWNERS, PARTITION, UNIQUE
-from ta_plugin.ops.registry import Operator, define, is_compiled, load_extension
+from ta_plugin.ops.registry import Operator, define, is_compiled, load_kernel
 from ta_plugin.ops.segments import EXPAND, SEGMENT_LOGSUMEXP, SEGMENT_SUM
 from ta_plugin.ops.target import TARGET_ATTENTION, TARGET_ATTENTION_BACKWARD
 
@@ -58,7 +58,7 @@ def load_op(name: str, *, device: Literal["cpu", "cuda"] = "cpu", compile: bool 
     define(operator)
     if is_compiled(name, device):
         return LoadedOp(name, "compiled", f"torch.ops.ta_plugin.{name} is loaded", getattr(torch.ops.ta_plugin, name))
-    reason = load_extension(name, device)
+    reason = load_kernel(name, device)
     if reason is None:
         return LoadedOp(name, "compiled", "its extension was just loaded", getattr(torch.ops.ta_plugin, name))
     warnings.warn(f"{name} runs in plain torch, not compiled: {reason}", stacklevel=2)

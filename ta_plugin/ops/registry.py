@@ -10,8 +10,6 @@ CUDA:  the compiled operator, built ahead of time or just in time by the first c
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ta_plugin.ops.builder import OpSpec, build, op_specs
+from ta_plugin.ops.builder import OpSpec, build, op_specs, prebuilt
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def make_ready(operator: Operator, device: str) -> bool:
     """Define an operator, and get its kernel as the module's docstring says; whether there is one now."""
     define(operator)
     if not is_compiled(operator.name, device) and device == "cuda":
-        reason = load_extension(operator.name, device)
+        reason = load_kernel(operator.name, device)
         if reason is not None:
             warnings.warn(f"{operator.name} runs in plain torch, not compiled: {reason}", stacklevel=3)
             torch.library.impl(f"ta_plugin::{operator.name}", "CUDA", operator.in_torch)  # no second try
@@ -86,24 +84,16 @@ def define(operator: Operator) -> None:
     torch.library.register_fake(qualified, operator.fake)
     if operator.backward is not None:
         torch.library.register_autograd(qualified, operator.backward, setup_context=operator.setup_context)
-    _import_built(_spec(operator.name, "cpu"))
+    spec = _spec(operator.name, "cpu")
+    if spec is not None:
+        prebuilt(spec)
 
 
-def load_extension(name: str, device: str) -> str | None:
+def load_kernel(name: str, device: str) -> str | None:
     """The extension that holds an operator's kernel, built if need be; what is missing, or None."""
     spec = _spec(name, device)
-    if spec is None:
-        return f"there is no {device.upper()} kernel"
-    return None if _import_built(spec) else build(spec)
+    return f"there is no {device.upper()} kernel" if spec is None else build(spec)
 
 
 def _spec(name: str, device: str) -> OpSpec | None:
     return next((spec for spec in op_specs() if spec.device == device and name in spec.operators), None)
-
-
-def _import_built(spec: OpSpec | None) -> bool:
-    """Import an extension that setup.py built; importing it registers its kernels."""
-    if spec is None or importlib.util.find_spec(spec.module) is None:
-        return False
-    importlib.import_module(spec.module)
-    return True

@@ -36,7 +36,7 @@ def build(spec: OpSpec) -> str | None:
 
 def missing_extension(spec: OpSpec) -> str | None:
     """What keeps an extension from being loaded here, without building it; None if it is built, or can be on first use."""
-    if _prebuilt(spec) is not None:
+    if prebuilt(spec) is not None:
         return None
     try:
         from ta_plugin.ops.builder.classes import missing_for
@@ -50,7 +50,8 @@ def missing_extension(spec: OpSpec) -> str | None:
 _NO_DEEPSPEED = "DeepSpeed, whose op builders compile it, is not installed; pip install ta_plugin[deepspeed]"
 
 
-def _prebuilt(spec: OpSpec) -> Any | None:
+def prebuilt(spec: OpSpec) -> Any | None:
+    """An extension that setup.py built, imported, which registers its operators; None where there is none."""
     try:
         return importlib.import_module(spec.module)
     except ModuleNotFoundError as error:
@@ -60,7 +61,7 @@ def _prebuilt(spec: OpSpec) -> Any | None:
 
 
 def _load(spec: OpSpec) -> LoadedExtension:
-    built = _prebuilt(spec)
+    built = prebuilt(spec)
     if built is not None:
         return LoadedExtension(built, None)
     try:
