@@ -1,15 +1,10 @@
 // What both launchers share.
 #pragma once
 
+#include "../host.h"
 #include "stream.cuh"
 
 namespace target_attention {
-
-#define TA_RETURN_IF_ERROR(call)                  \
-  do {                                            \
-    const cudaError_t error = (call);             \
-    if (error != cudaSuccess) return error;       \
-  } while (0)
 
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 

@@ -1,17 +1,12 @@
-// What every launch needs on the host: tensor maps and error checks.
+// What every launch needs on the host: tensor maps.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "../host.h"
 #include "api.h"
 #include "plan.cuh"
-
-#define TA_RETURN_IF_ERROR(expression)                     \
-  do {                                                     \
-    const cudaError_t error = (expression);                \
-    if (error != cudaSuccess) return error;                \
-  } while (0)
 
 namespace weighted_attention {
 
