@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from oracle import attention_over_positions
+from repeats import check_step_twice
 from torch import Tensor, nn
 
 from ta_plugin import SSPGroup, TokenizedAttention
@@ -190,27 +191,16 @@ def check(case: Case) -> None:
             rows = layer.rest(rows, row_attention(space, *layer.heads(rows)))
         return rows
 
-    previous: list[Tensor] | None = None
-    for _ in range(2):
-        for x in (*parameters.values(), *sides):
-            x.grad = None
-        out = attention(**mine, encode=encode if case.encode else None)
-        (out * coefficients[rank]).sum().backward()
-        torch.testing.assert_close(out, expected[rank], rtol=0, atol=1e-10)
-        now = [out.detach()]
-        for name, p in parameters.items():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            now.append(grad.clone())
-            if case.ranks > 1:
-                dist.all_reduce(grad)
-            torch.testing.assert_close(
-                grad, expected_grads[name], rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-            )
-        for x, grad in zip(sides, side_grads, strict=True):
-            torch.testing.assert_close(torch.zeros_like(x) if x.grad is None else x.grad, grad, rtol=0, atol=1e-10)
-        if previous is not None:
-            assert all(torch.equal(a, b) for a, b in zip(now, previous, strict=True)), "not bitwise repeatable"
-        previous = now
+    check_step_twice(
+        lambda: attention(**mine, encode=encode if case.encode else None),
+        expected[rank],
+        coefficients[rank],
+        parameters,
+        expected_grads,
+        sides,
+        side_grads,
+        case.ranks,
+    )
 
 
 @st.composite
