@@ -66,6 +66,18 @@ def test_a_bad_chunk_raises_on_every_rank(rank_pools: Any) -> None:
     assert "rank 1 of 2: layout is 'stripes'" in layout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row_multiple": 8}, "row_multiple is 8 in layout 'sequence'"),
+        ({"strategy": "gather"}, "strategy is 'gather' in layout 'sequence'"),
+    ],
+)
+def test_options_of_the_other_layout_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenizedAttention(BATCH, 4, 1, nn.Embedding(VOCAB, EMBED), layout="sequence", **options)
+
+
 def spread_of_nan(circulate: bool) -> None:
     """Rank 1's chunk of sample 1 holds the poisoned token; samples 0 and 2 stay clean on every rank."""
     rank, rates = dist.get_rank(), Rates(1e9, 1e9, hop_seconds=0.0 if circulate else 1e9)
