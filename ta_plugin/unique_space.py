@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,14 @@ class UniqueSpace:
     @property
     def num_occurrences(self) -> int:
         return self.segments.num_members
+
+    @cached_property
+    def host_bounds(self) -> tuple[list[int], list[int]]:
+        """cu_occurrences and cu_seqlens as the host knows them; more than one sample is read from the device, once."""
+        if self.num_samples == 1:
+            return [0, self.num_occurrences], [0, self.num_rows]
+        both = torch.cat([self.cu_occurrences, self.cu_seqlens.long()]).tolist()
+        return both[: self.num_samples + 1], both[self.num_samples + 1 :]
 
     @property
     def inverse(self) -> Tensor:

@@ -9,13 +9,22 @@ from torch import Tensor
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, cu_q: Tensor, cu_k: Tensor, scale: float, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """out (Q, H, D), lse (Q, H)."""
+    """out (Q, H, D), lse (Q, H); written to those given."""
     scores = _scores(q, k, weight, cu_q, cu_k, scale, **options)
-    lse = scores.logsumexp(-1)
-    share = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    return torch.einsum("hij,jhd->ihd", share, _wide(v, q)), lse.T.contiguous()
+    total = scores.logsumexp(-1)
+    share = (scores - total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp()
+    return _written(torch.einsum("hij,jhd->ihd", share, _wide(v, q)), out), _written(total.T.contiguous(), lse)
 
 
 def backward(
@@ -32,6 +41,7 @@ def backward(
     scale: float,
     need_dlog_weight: bool,
     deterministic: bool,
+    dq: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As the kernel forms them: P from the lse it is given, dS = P (dout.v - dout.out + dlse)."""
@@ -40,17 +50,24 @@ def backward(
     outer = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse
     ds = share * (torch.einsum("ihd,jhd->hij", dout, _wide(v, q)) - outer.T[..., None])
     fold = (k.shape[0], k.shape[1], q.shape[1] // k.shape[1], k.shape[2])
-    dq = scale * torch.einsum("hij,jhd->ihd", ds, _wide(k, q))
+    of_q = _written(scale * torch.einsum("hij,jhd->ihd", ds, _wide(k, q)), dq)
     dk = scale * torch.einsum("hij,ihd->jhd", ds, q).reshape(fold).sum(2)
     dv = torch.einsum("hij,ihd->jhd", share, dout).reshape(fold).sum(2)
     if not need_dlog_weight:
-        return dq, dk, dv, None
+        return of_q, dk, dv, None
     assert weight is not None
     if "cu_chunks" not in options:
-        return dq, dk, dv, ds.sum(1).T if weight.dim() == 2 else ds.sum((0, 1))
+        return of_q, dk, dv, ds.sum(1).T if weight.dim() == 2 else ds.sum((0, 1))
     dw = torch.zeros(cu_q.numel() - 1, k.shape[0], q.shape[1], dtype=q.dtype)
     dw.index_add_(0, _of(cu_q), ds.permute(1, 2, 0))
-    return dq, dk, dv, dw if weight.dim() == 3 else dw.sum(-1)
+    return of_q, dk, dv, dw if weight.dim() == 3 else dw.sum(-1)
+
+
+def _written(result: Tensor, to: Tensor | None) -> Tensor:
+    if to is None:
+        return result
+    assert to.is_contiguous() and to.shape == result.shape
+    return to.copy_(result)
 
 
 def _of(bounds: Tensor) -> Tensor:

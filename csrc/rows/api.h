@@ -43,6 +43,9 @@ struct Partials {
 // -> out (queries, dim), lse (queries). Partials with lse -inf are not read. out_type is the partials', or a half type for float.
 cudaError_t merge(const Partials& partials, Type out_type, void* out, void* lse, cudaStream_t stream);
 
+// out (queries, dim) and lse (queries) become the merge of themselves and one more partial of the same type.
+cudaError_t merge_into(const Partials& other, void* out, void* lse, cudaStream_t stream);
+
 // From grad_out (queries, dim) of out_type, grad_lse and the merged lse (queries) -> grad_outs like outs, grad_lses like lses.
 cudaError_t merge_backward(const Partials& partials, Type out_type, const void* grad_out, const void* grad_lse,
                            const void* lse, void* grad_outs, void* grad_lses, cudaStream_t stream);

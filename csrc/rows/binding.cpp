@@ -120,6 +120,24 @@ std::tuple<Tensor, Tensor> merge(const Tensor& outs, const Tensor& lses, std::op
   return {out.to(wanted), lse};
 }
 
+void merge_into(const Tensor& out, const Tensor& lse, const Tensor& other, const Tensor& other_lse) {
+  TORCH_CHECK_VALUE(out.dim() == 3 && other.sizes() == out.sizes() && other.scalar_type() == out.scalar_type() &&
+                        other.device() == out.device(),
+                    "out is ", out.sizes(), " ", out.dtype(), " and other ", other.sizes(), " ", other.dtype(),
+                    "; pass floating (Q, H, D) twice, alike");
+  const at::ScalarType wide = out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const Tensor& x : {lse, other_lse})
+    TORCH_CHECK_VALUE(x.sizes() == out.sizes().slice(0, 2) && x.scalar_type() == wide && x.device() == out.device(),
+                      "lse is ", x.sizes(), " ", x.dtype(), "; pass ", wide, " ", out.sizes().slice(0, 2));
+  TORCH_CHECK_VALUE(out.is_contiguous() && lse.is_contiguous(), "out and lse are written in place; pass contiguous ones");
+  const c10::cuda::CUDAGuard guard(out.device());
+  const Tensor from = other.contiguous(), from_lse = other_lse.contiguous();
+  const rows::Partials partial{from.const_data_ptr(), from_lse.const_data_ptr(),   type_of(out.scalar_type()),
+                               1,                     out.size(0) * out.size(1), out.size(2)};
+  C10_CUDA_CHECK(
+      rows::merge_into(partial, out.mutable_data_ptr(), lse.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+}
+
 std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_out_, const Tensor& grad_lse_, const Tensor& outs,
                                           const Tensor& lses, const Tensor& lse_) {
   const c10::cuda::CUDAGuard guard(outs.device());
@@ -146,5 +164,6 @@ TORCH_LIBRARY_IMPL(ta_plugin, CUDA, m) {
   m.impl("segment_logsumexp", fold<rows::Fold::kLogSumExp>);
   m.impl("expand", expand);
   m.impl("merge", merge);
+  m.impl("merge_into", merge_into);
   m.impl("merge_backward", merge_backward);
 }

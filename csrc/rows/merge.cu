@@ -46,6 +46,33 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
 }
 
+// The share of what is added is w, so that out = (1 - w) out + w other; where one is absent, the other stands as it is.
+template <typename T, typename A, int kVector>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_into_kernel(const T* other, const A* other_lse, int64_t queries, int64_t dim, T* out, A* lse) {
+  const int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  A merged{}, kept{}, added{};
+  if (query < queries) {
+    const A both[2] = {lse[query], other_lse[query]};
+    merged = merged_lse(both, 2, 1);
+    kept = share_of(both[0], merged);
+    added = share_of(both[1], merged);
+  }
+  __syncthreads();  // the threads of a query have all read its lse
+  if (query >= queries || added == A(0)) return;
+  if (threadIdx.x == 0) lse[query] = merged;
+  for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
+    const auto x = *reinterpret_cast<const Vector<T, kVector>*>(other + query * dim + d);
+    auto* at = reinterpret_cast<Vector<T, kVector>*>(out + query * dim + d);
+    Vector<T, kVector> result = *at;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      result.at[i] =
+          convert<T>((kept == A(0) ? A(0) : kept * convert<A>(result.at[i])) + added * convert<A>(x.at[i]));
+    *at = result;
+  }
+}
+
 // d outs_n = share_n dout;  d lse_n = share_n (dout . outs_n - sum_m share_m dout . outs_m + dlse)
 template <typename T, typename O, typename A, int kVector>
 __global__ void __launch_bounds__(kMergeThreads)
@@ -100,6 +127,11 @@ struct Launch {
                                                                        static_cast<O*>(out), static_cast<A*>(lse));
     return cudaGetLastError();
   }
+  cudaError_t into(void* out, void* lse) const {
+    merge_into_kernel<T, A, kVector><<<blocks(), threads(), 0, stream>>>(outs(), lses(), p.queries, p.dim,
+                                                                         static_cast<T*>(out), static_cast<A*>(lse));
+    return cudaGetLastError();
+  }
   cudaError_t backward(const void* grad_out, const void* grad_lse, const void* lse, void* grad_outs,
                        void* grad_lses) const {
     merge_backward_kernel<T, O, A, kVector><<<blocks(), threads(), 0, stream>>>(
@@ -140,6 +172,12 @@ cudaError_t with_types(const Partials& p, Type result, std::initializer_list<int
 cudaError_t merge(const Partials& p, Type out_type, void* out, void* lse, cudaStream_t stream) {
   return with_types(p, out_type, {address(p.outs), address(out)}, stream,
                     [=](const auto& launch) { return launch.forward(out, lse); });
+}
+
+cudaError_t merge_into(const Partials& p, void* out, void* lse, cudaStream_t stream) {
+  if (p.count != 1) return cudaErrorInvalidValue;
+  return with_types(p, p.type, {address(p.outs), address(out)}, stream,
+                    [=](const auto& launch) { return launch.into(out, lse); });
 }
 
 cudaError_t merge_backward(const Partials& p, Type grad_type, const void* grad_out, const void* grad_lse,

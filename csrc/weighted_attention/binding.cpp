@@ -116,15 +116,26 @@ Tensor bytes(size_t count, const Tensor& like) {
   return torch::empty({int64_t(count)}, like.options().dtype(torch::kUInt8));
 }
 
+// Where a result is written: the caller's tensor, checked, or a new one.
+Tensor result(const std::optional<Tensor>& given, const char* name, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  if (!given.has_value()) return torch::empty(sizes, options);
+  TORCH_CHECK_VALUE(given->sizes() == sizes && given->is_contiguous() && given->device() == options.device() &&
+                        given->scalar_type() == c10::typeMetaToScalarType(options.dtype()) &&
+                        reinterpret_cast<uintptr_t>(given->data_ptr()) % 16 == 0,
+                    name, " must be a contiguous ", options.dtype(), " of ", sizes, " that starts at 16 bytes");
+  return *given;
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const std::optional<Tensor>& log_weight, const Tensor& cu_seqlens_q,
                                    const Tensor& cu_seqlens_k, double scale, bool causal,
-                                   const std::optional<Tensor>& cu_chunks, const std::optional<Tensor>& k_visible) {
+                                   const std::optional<Tensor>& cu_chunks, const std::optional<Tensor>& k_visible,
+                                   const std::optional<Tensor>& out_, const std::optional<Tensor>& lse_) {
   const wa::Problem p =
       make_problem({q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale, causal, cu_chunks, k_visible});
   const c10::cuda::CUDAGuard guard(q.device());
-  Tensor out = torch::empty(q.sizes(), q.options());
-  Tensor lse = torch::empty({q.size(0), q.size(1)}, q.options().dtype(torch::kFloat32));
+  Tensor out = result(out_, "out", q.sizes(), q.options());
+  Tensor lse = result(lse_, "lse", {q.size(0), q.size(1)}, q.options().dtype(torch::kFloat32));
   Tensor workspace = bytes(wa::forward_workspace_bytes(p), q);
   C10_CUDA_CHECK(wa::forward(p, out.data_ptr(), lse.data_ptr<float>(), workspace.data_ptr(),
                              c10::cuda::getCurrentCUDAStream()));
@@ -136,7 +147,8 @@ std::vector<Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dl
                              const Tensor& v, const std::optional<Tensor>& log_weight, const Tensor& out,
                              const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double scale,
                              bool need_dlog_weight, bool deterministic, bool causal,
-                             const std::optional<Tensor>& cu_chunks, const std::optional<Tensor>& k_visible) {
+                             const std::optional<Tensor>& cu_chunks, const std::optional<Tensor>& k_visible,
+                             const std::optional<Tensor>& dq_) {
   const Inputs inputs{q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale, causal, cu_chunks, k_visible};
   const wa::Problem p = make_problem(inputs);
   const c10::cuda::CUDAGuard guard(q.device());
@@ -144,7 +156,7 @@ std::vector<Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dl
   TORCH_CHECK_VALUE(out.is_contiguous() && out.scalar_type() == q.scalar_type() && out.device() == q.device(),
                     "out must be as forward returned it");
   TORCH_CHECK_VALUE(!need_dlog_weight || log_weight.has_value(), "need_dlog_weight is set without log_weight");
-  Tensor dq = torch::empty(q.sizes(), q.options()), dk = torch::empty(k.sizes(), k.options()),
+  Tensor dq = result(dq_, "dq", q.sizes(), q.options()), dk = torch::empty(k.sizes(), k.options()),
          dv = torch::empty(v.sizes(), v.options()), dlog_weight;
   if (need_dlog_weight) {
     std::vector<int64_t> shape = log_weight->sizes().vec();
@@ -173,9 +185,10 @@ std::vector<Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dl
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("log_weight"), py::arg("cu_seqlens_q"),
         py::arg("cu_seqlens_k"), py::arg("scale"), py::arg("causal") = false, py::arg("cu_chunks") = py::none(),
-        py::arg("k_visible") = py::none());
+        py::arg("k_visible") = py::none(), py::arg("out") = py::none(), py::arg("lse") = py::none());
   m.def("backward", &backward, py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("log_weight"), py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
         py::arg("scale"), py::arg("need_dlog_weight") = false, py::arg("deterministic") = false,
-        py::arg("causal") = false, py::arg("cu_chunks") = py::none(), py::arg("k_visible") = py::none());
+        py::arg("causal") = false, py::arg("cu_chunks") = py::none(), py::arg("k_visible") = py::none(),
+        py::arg("dq") = py::none());
 }

@@ -14,6 +14,8 @@ from ta_plugin.attention.causal_parts import ContractParts, KernelParts, Part, R
 from ta_plugin.attention.chunk_cost import choose_chunk
 from ta_plugin.attention.chunks import CausalChunks
 from ta_plugin.attention.prefix import Decay, PrefixCounts, PrefixDecay
+from ta_plugin.attention.weighted import weighted_attention
+from ta_plugin.ops import expand
 from ta_plugin.ops.connect import connect
 from ta_plugin.unique_space import UniqueSpace
 
@@ -29,6 +31,7 @@ def causal_attention(
     times: Tensor | None = ...,
     scale: float | None = ...,
     chunk: int | CausalChunks | None = ...,
+    deterministic: bool = ...,
     backend: str | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -45,6 +48,7 @@ def causal_attention(
     times: Tensor | None = ...,
     scale: float | None = ...,
     chunk: int | CausalChunks | None = ...,
+    deterministic: bool = ...,
     backend: str | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -60,6 +64,7 @@ def causal_attention(
     times: Tensor | None = None,
     scale: float | None = None,
     chunk: int | CausalChunks | None = None,
+    deterministic: bool = True,
     backend: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -75,8 +80,9 @@ def causal_attention(
     times:  (M,) non-decreasing within each sample, what the decay counts; the position within the sample by default. Weights are
             formed in float32 (float64 for float64): decay times a chunk's span of time is best kept below about 1e4
     scale:  D ** -0.5 by default
-    chunk:  positions per chunk, or the `CausalChunks` of this space built once for all layers; by default what `choose_chunk` says
-    backend: as for `weighted_attention`
+    chunk:  positions per chunk, or the `CausalChunks` of this space built once for all layers; by default what `choose_chunk` says.
+            Where it covers every sample, as the cost model says of short ones, this is attention over keys at all M positions
+    deterministic, backend: as for `weighted_attention`
 
     Returns out (M, H, Dv) in v's dtype, and with return_lse lse (M, H), biases included, float32 or wider. Beside inputs and outputs,
     memory holds the keys of one group of chunks at their positions and prefix weights no larger than k; backward builds both anew, and sums
@@ -93,7 +99,11 @@ def causal_attention(
     if decay is not None and times is None:
         times = space.positions()
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    out, lse = _Causal.apply(q, k, v, decay, _Call(chunks, times, parts_for(q, v, scale, backend)))
+    if chunks.one_per_sample:
+        out, lse = _over_positions(space, q, k, v, decay, times, scale, deterministic, backend)
+    else:
+        parts = parts_for(q, v, scale, backend, deterministic)
+        out, lse = _Causal.apply(q, k, v, decay, _Call(chunks, times, parts))
     return (out, lse) if return_lse else out
 
 
@@ -106,6 +116,42 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     slopes = [2.0 ** (-8 * n / power) for n in range(1, power + 1)]
     slopes += [2.0 ** (-4 * n / power) for n in range(1, 2 * (num_heads - power), 2)]
     return torch.tensor(slopes, device=device)
+
+
+def _over_positions(
+    space: UniqueSpace,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    times: Tensor | None,
+    scale: float,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The same function where samples are short: rows expanded to their occurrences, and one causal call."""
+    keys, values = expand(k, space.segments), expand(v, space.segments)
+    cu_seqlens, bias = space.cu_occurrences.int(), None
+    if decay is not None:
+        assert times is not None
+        # as within a chunk: times count from the middle of the sample, and a query's own term shifts its log-sum-exp
+        middle = (space.cu_occurrences[:-1] + space.cu_occurrences[1:]).div(2, rounding_mode="floor")
+        reference = times[middle.clamp(max=times.numel() - 1)][space.sample_of_occurrences()]
+        bias = (times - reference).to(_wide(q)).unsqueeze(1) * decay.to(_wide(q))
+    out, lse = weighted_attention(
+        q,
+        keys,
+        values,
+        bias,
+        cu_seqlens,
+        cu_seqlens,
+        scale=scale,
+        causal=True,
+        return_lse=True,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    return out, lse if bias is None else lse - bias
 
 
 @dataclass(frozen=True)
@@ -138,13 +184,14 @@ class _Call:
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+        q, k, v = (call.parts.rows(x) for x in (q, k, v))
         out = v.new_empty(*q.shape[:2], v.shape[2])
         lse = torch.empty(q.shape[:2], dtype=_wide(q), device=q.device)
         for part in call.groups(q, k, decay, False):
             at = part.group.queries
-            got, got_lse = call.parts.forward(Rows.of(part, q, k, v), part)
-            out[at] = got
-            lse[at] = got_lse if part.bias is None else got_lse - part.bias
+            call.parts.forward(Rows.of(part, q, k, v), part, out[at], lse[at])
+            if part.bias is not None:
+                lse[at] -= part.bias
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, decay, *((out, lse) if call.parts.reads_results else ()))
@@ -158,14 +205,14 @@ class _Causal(torch.autograd.Function):
         q, k, v, decay, *results = ctx.saved_tensors
         call: _Call = ctx.call
         learned = decay is not None and ctx.needs_input_grad[3]
-        dq = torch.empty_like(q)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = (torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (k, v))
         ddecay = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device) if learned else None
+        dout = None if dout is None else call.parts.rows(dout)
         for part in call.groups(q, k, decay, learned):
             group = part.group
             outer = [None if x is None else x[group.queries] for x in (dout, dlse, *results)]
-            grads = call.parts.backward(outer, Rows.of(part, q, k, v), part, learned)
-            dq[group.queries] = grads.q
+            grads = call.parts.backward(outer, Rows.of(part, q, k, v), part, learned, dq[group.queries])
             for total, inside, before in ((dk, grads.keys, grads.k), (dv, grads.values, grads.v)):
                 total[group.rows] += call.chunks.fold(inside, group)
                 if before is not None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ta_plugin.attention.backends.hopper import HEAD_DIMS, aligned, extension
 from ta_plugin.attention.chunks import CausalChunks, Group
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.weighted import weighted_attention
+from ta_plugin.ops import merge_into
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,15 @@ class Rows:
 
     @classmethod
     def of(cls, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Rows:
-        group = part.group
-        at = part.chunks.space.inverse[group.queries]
+        chunks, group = part.chunks, part.group
         before = (None, None) if part.weights is None else (k[group.rows], v[group.rows])
-        return cls(q[group.queries], k[at], v[at], *before)
+        return cls(q[group.queries], chunks.spread(k, group), chunks.spread(v, group), *before)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of `Rows`, and where asked of a part's bias and weights."""
+    """Of `Rows` but q, and where asked of a part's bias and weights."""
 
-    q: Tensor
     keys: Tensor
     values: Tensor
     k: Tensor | None = None
@@ -70,23 +70,32 @@ class ContractParts:
 
     scale: float
     backend: str | None
+    deterministic: bool
     reads_results = False
 
-    def forward(self, rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
-        """out (queries, H, Dv) and lse (queries, H) of a group, without the queries' own terms."""
-        chunks, group = part.chunks, part.group
-        cu_q, cu_k, cu_chunks = chunks.bounds_of(group)
+    def rows(self, x: Tensor) -> Tensor:
+        """As the calls take q, k, v and their gradients."""
+        return x
+
+    def forward(self, rows: Rows, part: Part, out: Tensor, lse: Tensor) -> None:
+        """Writes out (queries, H, Dv) and lse (queries, H) of a group, without the queries' own terms."""
+        found = self._attend(rows, part)
+        out.copy_(found[0])
+        lse.copy_(found[1])
+
+    def _attend(self, rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
+        group, at = part.group, part.chunks.index_of(part.group)
+        options: Any = {"scale": self.scale, "backend": self.backend, "deterministic": self.deterministic}
         inside = weighted_attention(
             rows.q,
             rows.keys,
             rows.values,
             part.bias,
-            cu_chunks,
-            cu_chunks,
-            scale=self.scale,
+            at.cu_chunks,
+            at.cu_chunks,
             causal=True,
             return_lse=True,
-            backend=self.backend,
+            **options,
         )
         if rows.k is None or rows.v is None:
             return inside
@@ -95,18 +104,17 @@ class ContractParts:
             rows.k,
             rows.v,
             part.weights,
-            cu_q,
-            cu_k,
-            scale=self.scale,
-            q_chunk=chunks.chunk_of(group),
-            k_visible=chunks.visible[group.first : group.last],
+            at.cu_queries,
+            at.cu_rows,
+            q_chunk=at.chunk.int(),
+            k_visible=part.chunks.before.visible[group.first : group.last],
             return_lse=True,
-            backend=self.backend,
+            **options,
         )
         return merge(torch.stack([before[0], inside[0]]), torch.stack([before[1], inside[1]]))
 
-    def backward(self, outer: list[Tensor | None], rows: Rows, part: Part, of_weights: bool) -> Gradients:
-        """outer: dout and dlse of the group, None for zeros."""
+    def backward(self, outer: list[Tensor | None], rows: Rows, part: Part, of_weights: bool, dq: Tensor) -> Gradients:
+        """outer: dout and dlse of the group, None for zeros. Writes dq of the group."""
         held = {name: getattr(rows, name) for name in ("q", "keys", "values", "k", "v")}
         held = {name: x.detach().requires_grad_() for name, x in held.items() if x is not None}
         again = Part(part.chunks, part.group, part.weights, None, part.bias, None)
@@ -117,7 +125,7 @@ class ContractParts:
             again = Part(part.chunks, part.group, found.get("weights"), None, found["bias"], None)
             leaves |= found
         with torch.enable_grad():
-            results = self.forward(Rows(**{"k": None, "v": None, **held}), again)
+            results = self._attend(Rows(**{"k": None, "v": None, **held}), again)
         used = [(x, g) for x, g in zip(results, outer, strict=True) if g is not None]
         grads = torch.autograd.grad(
             [x for x, _ in used],
@@ -126,7 +134,9 @@ class ContractParts:
             allow_unused=True,
             materialize_grads=True,
         )
-        return Gradients(**dict(zip(leaves, grads, strict=True)))
+        of = dict(zip(leaves, grads, strict=True))
+        dq.copy_(of.pop("q"))
+        return Gradients(**of)
 
 
 @dataclass(frozen=True)
@@ -138,85 +148,73 @@ class KernelParts:
     deterministic: bool
     reads_results = True
 
-    def forward(self, rows: Rows, part: Part) -> tuple[Tensor, Tensor]:
+    def rows(self, x: Tensor) -> Tensor:
+        """As `ContractParts.rows`."""
+        return aligned(x)
+
+    def forward(self, rows: Rows, part: Part, out: Tensor, lse: Tensor) -> None:
         """As `ContractParts.forward`."""
-        inside, before = (None if call is None else self._forward(*call) for call in self._calls(rows, part))
-        assert inside is not None
-        return inside if before is None else _joined(inside, before)
+        inside, before = self._calls(rows, part)
+        self.kernels.forward(*inside.positional, self.scale, **inside.options, out=out, lse=lse)
+        if before is not None:
+            merge_into(out, lse, *self.kernels.forward(*before.positional, self.scale, **before.options))
 
-    def _forward(
-        self, rows: tuple[Tensor, ...], weight: Tensor | None, bounds: tuple[Tensor, Tensor], options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        return self.kernels.forward(*rows, weight, *bounds, self.scale, **options)
-
-    def backward(self, outer: list[Tensor | None], rows: Rows, part: Part, of_weights: bool) -> Gradients:
-        """outer: dout, dlse, out and lse of the group, the latter with the queries' own terms."""
+    def backward(self, outer: list[Tensor | None], rows: Rows, part: Part, of_weights: bool, dq: Tensor) -> Gradients:
+        """outer: dout, dlse, out and lse of the group, the latter with the queries' own terms. Writes dq of the group."""
         dout, dlse, out, lse = outer
         assert out is not None and lse is not None
         # exp(score + weight - lse) is a key's share of the whole, whichever part it is in
         lse = lse if part.bias is None else lse + part.bias
-        dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype).contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
-        found = []
-        for call in self._calls(rows, part):
-            if call is None:
-                continue
-            rows_of, weight, bounds, options = call
+        dout = torch.zeros_like(out) if dout is None else dout
+        dlse = None if dlse is None else dlse.to(lse.dtype).contiguous()
+
+        def of(call: _Call, **written: Tensor) -> Any:
+            q, k, v, weight, *bounds = call.positional
             need = of_weights and weight is not None
-            found.append(
-                self.kernels.backward(
-                    dout,
-                    dlse,
-                    *rows_of,
-                    weight,
-                    out,
-                    lse.contiguous(),
-                    *bounds,
-                    self.scale,
-                    need,
-                    self.deterministic,
-                    **options,
-                )
-            )
-        dq, dkeys, dvalues, dbias = found[0]
-        if len(found) == 1:
-            return Gradients(dq, dkeys, dvalues, bias=dbias)
-        of_before = found[1]
-        return Gradients(dq + of_before[0], dkeys, dvalues, of_before[1], of_before[2], dbias, of_before[3])
+            results = (dout, dlse, q, k, v, weight, out, lse, *bounds)
+            return self.kernels.backward(*results, self.scale, need, self.deterministic, **call.options, **written)
 
-    def _calls(self, rows: Rows, part: Part) -> list[Any]:
-        """(rows, weight, bounds, options) of the chunks themselves and of what lies before, None for the latter where nothing does."""
-        chunks, group = part.chunks, part.group
-        _, cu_k, cu_chunks = chunks.bounds_of(group)
-        inside = ((rows.q, rows.keys, rows.values), part.bias, (cu_chunks, cu_chunks), {"causal": True})
+        inside, before = self._calls(rows, part)
+        _, dkeys, dvalues, dbias = of(inside, dq=dq)
+        if before is None:
+            return Gradients(dkeys, dvalues, bias=dbias)
+        dq_before, dk, dv, dweights = of(before)
+        dq += dq_before
+        return Gradients(dkeys, dvalues, dk, dv, dbias, dweights)
+
+    def _calls(self, rows: Rows, part: Part) -> tuple[_Call, _Call | None]:
+        """Of the chunks themselves and of what lies before, None for the latter where nothing does."""
+        chunks, group, at = part.chunks, part.group, part.chunks.index_of(part.group)
+        inside = _Call((rows.q, rows.keys, rows.values, part.bias, at.cu_chunks, at.cu_chunks), {"causal": True})
         if rows.k is None:
-            return [inside, None]
-        options = {
-            "cu_chunks": chunks.chunks_of_samples(group),
-            "k_visible": chunks.visible[group.first : group.last],
-        }
-        return [inside, ((rows.q, rows.k, rows.v), part.weights, (cu_chunks, cu_k), options)]
+            return inside, None
+        options = {"cu_chunks": at.chunks_of_samples, "k_visible": chunks.before.visible[group.first : group.last]}
+        return inside, _Call((rows.q, rows.k, rows.v, part.weights, at.cu_chunks, at.cu_rows), options)
 
 
-def _joined(inside: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`merge` of two partials, the first of which has keys for every query: half the traffic, no copy of both and no mask."""
-    share = torch.sigmoid(before[1] - inside[1])  # of what lies before, 0 where nothing does
-    out = inside[0] * (1 - share).unsqueeze(-1)
-    out.addcmul_(before[0], share.unsqueeze(-1))
-    return out, torch.logaddexp(inside[1], before[1])
+@dataclass(frozen=True)
+class _Call:
+    """q, k, v, weights and bounds of queries and keys; and the options of one call of the kernel."""
+
+    positional: tuple[Tensor | None, ...]
+    options: dict[str, Any]
 
 
-def parts_for(q: Tensor, v: Tensor, scale: float, backend: str | None) -> ContractParts | KernelParts:
+def parts_for(
+    q: Tensor, v: Tensor, scale: float, backend: str | None, deterministic: bool
+) -> ContractParts | KernelParts:
     """Our Hopper kernel where it covers the call and no other backend is asked for; the contract otherwise."""
-    if backend in (None, "hopper") and q.is_cuda and scale > 0 and q.dtype in (torch.bfloat16, torch.float16):
-        from ta_plugin.attention.backends.hopper import HEAD_DIMS, extension
-
-        if (
-            q.shape[2] == v.shape[2]
-            and q.shape[2] in HEAD_DIMS
-            and torch.cuda.get_device_capability(q.device) == (9, 0)
-        ):
-            found = extension()
-            if found.kernels is not None:
-                return KernelParts(scale, found.kernels, torch.are_deterministic_algorithms_enabled())
-    return ContractParts(scale, backend)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    covered = (
+        backend in (None, "hopper")
+        and q.is_cuda
+        and scale > 0
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[2] == v.shape[2]
+        and q.shape[2] in HEAD_DIMS
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+    )
+    kernels = extension().kernels if covered else None
+    if kernels is not None:
+        return KernelParts(scale, kernels, deterministic)
+    return ContractParts(scale, backend, deterministic)

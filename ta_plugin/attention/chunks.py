@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ta_plugin.ops import Segments, segment_sum
+from ta_plugin.ops import Segments, expand, segment_sum
 from ta_plugin.unique_space import UniqueSpace
 
 SPAN = 1 << 16  # queries of a group: enough to fill a GPU, and a bound on the keys gathered at their positions
@@ -17,8 +18,7 @@ SPAN = 1 << 16  # queries of a group: enough to fill a GPU, and a bound on the k
 class Group:
     """Consecutive chunks first .. last - 1: queries start .. stop - 1, which see rows row_start .. row_stop - 1 or fewer.
 
-    pairs:    first and one past the last of its (chunk, row) pairs
-    samples:  likewise of its samples
+    samples:  first and one past the last of its samples
     prefixed: whether any of its queries has something before its chunk
     """
 
@@ -28,7 +28,6 @@ class Group:
     stop: int
     row_start: int
     row_stop: int
-    pairs: tuple[int, int]
     samples: tuple[int, int]
     prefixed: bool
 
@@ -44,95 +43,138 @@ class Group:
     def queries(self) -> slice:
         return slice(self.start, self.stop)
 
+    @property
+    def num_rows(self) -> int:
+        return self.row_stop - self.row_start
+
+
+@dataclass(frozen=True)
+class Before:
+    """How many rows lie before each of n chunks: rows stand in the order of their first occurrence, so those are a prefix.
+
+    visible:     (n,) int32 of a chunk's own sample, its `k_visible`
+    rows_begun:  n + 1, rows of all samples that begin before each bound; on the host
+    first_row:   n, the first row of a chunk's sample; on the host
+    """
+
+    visible: Tensor
+    rows_begun: list[int]
+    first_row: list[int]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The P pairs of a chunk and a row that occurs in it.
+
+    chunk, row: (P,) int64, by ascending chunk, then row
+    order:      (M,) int64, occurrences sorted by pair; offsets (P + 1,) int64 bounds them
+    host:       (n + 1) bounds of each chunk's pairs, on the host
+    """
+
+    chunk: Tensor
+    row: Tensor
+    order: Tensor
+    offsets: Tensor
+    host: list[int]
+
+
+@dataclass(frozen=True)
+class GroupIndex:
+    """What a group's calls index with, counted from the group's first query, row, chunk and sample.
+
+    segments:         its queries -> its rows
+    chunk:            (queries,) int64, of each query
+    cu_queries, cu_rows, cu_chunks: int32 bounds of its samples' queries and rows, and of its chunks' queries
+    chunks_of_samples: int32 bounds of its samples' chunks
+    """
+
+    segments: Segments
+    chunk: Tensor
+    cu_queries: Tensor
+    cu_rows: Tensor
+    cu_chunks: Tensor
+    chunks_of_samples: Tensor
+
 
 @dataclass(frozen=True)
 class CausalChunks:
     """The M occurrences of a space cut, sample by sample, into n chunks of `size` (the last of a sample shorter).
 
-    Everything before a chunk is a count per row; the P pairs of a chunk and a row that occurs in it are what changes them.
+    bounds, host_bounds:   (n + 1,) int64, occurrences of each chunk
+    samples, host_samples: (n,) int64, the sample of each chunk
 
-    bounds:      (n + 1,) int64, occurrences of each chunk
-    samples:     (n,) int64, the sample of each chunk
-    visible:     (n,) int32, how many of its sample's rows occur before a chunk: its `k_visible`
-    pair_chunk, pair_row, pair_counts: (P,) int64, by ascending chunk, then row
-    pair_order:  (M,) int64, occurrences sorted by pair; pair_offsets (P + 1,) int64 bounds them
-    host_*:      what the host needs to know of these, with the rows that begin before each bound
-
-    Build it once per batch with `of`; every layer uses it. All index arithmetic is int64.
+    Build it once per batch with `of`; every layer uses it. What a call needs beside the bounds is made by the first that does and kept:
+    about 3 int64 per occurrence. All index arithmetic is int64.
     """
 
     space: UniqueSpace
     size: int
-    bounds: Tensor
-    samples: Tensor
-    visible: Tensor
-    pair_chunk: Tensor
-    pair_row: Tensor
-    pair_counts: Tensor
-    pair_order: Tensor
-    pair_offsets: Tensor
     host_bounds: list[int]
     host_samples: list[int]
-    host_first_row: list[int]
-    host_rows_begun: list[int]
-    host_pairs: list[int]
+    _made: dict[tuple[int, int], GroupIndex] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, space: UniqueSpace, size: int) -> CausalChunks:
-        """Cut the occurrences of `space` into chunks of `size`. Raises ValueError unless size >= 1."""
+        """Cut the occurrences of `space` into chunks of `size`. Raises ValueError unless size >= 1, or for spare rows."""
         if size < 1:
             raise ValueError(f"chunk is {size}; pass 1 or more")
-        device = space.tokens.device
-        samples, bounds = cut(space.cu_occurrences.cpu(), size)
-        host_samples, host_bounds = samples.tolist(), bounds.tolist()
-        samples, bounds = samples.to(device), bounds.to(device)
-        # rows stand in the order of their first occurrence, so those that begin before a bound are a prefix
-        first = space.segments.order[space.segments.offsets[:-1]]
-        begun = torch.searchsorted(first, bounds)
-        first_row = space.cu_seqlens.long()[samples]
-        visible = (begun[:-1] - first_row).int()
+        if space.spare_rows:
+            raise ValueError(f"space has {space.spare_rows} spare rows; cut it before with_spare_rows")
+        samples, bounds = cut(torch.tensor(space.host_bounds[0]), size)
+        return cls(space, size, bounds.tolist(), samples.tolist())
 
+    @property
+    def num_chunks(self) -> int:
+        return len(self.host_samples)
+
+    @property
+    def one_per_sample(self) -> bool:
+        """Whether no sample is cut, so that nothing lies before a chunk: plain causal attention over positions."""
+        return all(a != b for a, b in zip(self.host_samples, self.host_samples[1:], strict=False))
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        return torch.tensor(self.host_bounds, device=self.space.tokens.device)
+
+    @cached_property
+    def samples(self) -> Tensor:
+        return torch.tensor(self.host_samples, dtype=torch.int64, device=self.space.tokens.device)
+
+    @cached_property
+    def before(self) -> Before:
+        """Reads the device once."""
+        space = self.space
+        first = space.segments.order[space.segments.offsets[:-1]]
+        begun = torch.searchsorted(first, self.bounds)
+        visible = (begun[:-1] - space.cu_seqlens.long()[self.samples]).int()
+        rows = space.host_bounds[1]
+        return Before(visible, begun.tolist(), [rows[sample] for sample in self.host_samples])
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """What changes a decayed sum from chunk to chunk. Reads the device twice."""
+        space, device = self.space, self.space.tokens.device
         by_row = space.segments.order  # by row, then position
-        chunk_of = torch.repeat_interleave(bounds.diff(), output_size=space.num_occurrences)
+        chunk_of = torch.repeat_interleave(self.bounds.diff(), output_size=space.num_occurrences)
         chunk, by_chunk = chunk_of[by_row].sort(stable=True)
         order = by_row[by_chunk]  # by chunk, then row, then position
         row = space.inverse[order]
         starts = torch.ones_like(row, dtype=torch.bool)
         starts[1:] = (row[1:] != row[:-1]) | (chunk[1:] != chunk[:-1])
         begin = starts.nonzero().squeeze(1)
-        offsets = torch.cat([begin, begin.new_tensor([space.num_occurrences])])
         pair_chunk = chunk[begin]
-        host = torch.cat([begun, first_row, torch.searchsorted(pair_chunk, torch.arange(len(host_bounds)).to(device))])
-        rows_begun, first_rows, pairs = host.cpu().split([len(host_bounds), len(host_samples), len(host_bounds)])
-        return cls(
-            space=space,
-            size=size,
-            bounds=bounds,
-            samples=samples,
-            visible=visible,
-            pair_chunk=pair_chunk,
-            pair_row=row[begin],
-            pair_counts=offsets.diff(),
-            pair_order=order,
-            pair_offsets=offsets,
-            host_bounds=host_bounds,
-            host_samples=host_samples,
-            host_first_row=first_rows.tolist(),
-            host_rows_begun=rows_begun.tolist(),
-            host_pairs=pairs.tolist(),
-        )
-
-    @property
-    def num_chunks(self) -> int:
-        return len(self.host_samples)
+        host = torch.searchsorted(pair_chunk, torch.arange(self.num_chunks + 1, device=device)).tolist()
+        offsets = torch.cat([begin, begin.new_tensor([space.num_occurrences])])
+        return Pairs(pair_chunk, row[begin], order, offsets, host)
 
     def groups(self, cells: int, span: int = SPAN) -> list[Group]:
         """Consecutive chunks together while chunks x rows stays within `cells`, and queries within `span`; at least one each."""
+        begun, first_row = self.before.rows_begun, self.before.first_row
         found: list[Group] = []
         first = 0
         for last in range(1, self.num_chunks + 1):
             if last < self.num_chunks:
-                grown = (last + 1 - first) * (self.host_rows_begun[last + 1] - self.host_first_row[first])
+                grown = (last + 1 - first) * (begun[last + 1] - first_row[first])
                 if grown <= cells and self.host_bounds[last + 1] - self.host_bounds[first] <= span:
                     continue
             found.append(self._group(first, last))
@@ -140,56 +182,59 @@ class CausalChunks:
         return found
 
     def _group(self, first: int, last: int) -> Group:
-        inside = range(first, last)
+        begun, first_row = self.before.rows_begun, self.before.first_row
         return Group(
             first,
             last,
             self.host_bounds[first],
             self.host_bounds[last],
-            self.host_first_row[first],
-            self.host_rows_begun[last],
-            (self.host_pairs[first], self.host_pairs[last]),
+            first_row[first],
+            begun[last],
             (self.host_samples[first], self.host_samples[last - 1] + 1),
-            any(self.host_rows_begun[c] > self.host_first_row[c] for c in inside),
+            any(begun[c] > first_row[c] for c in range(first, last)),
         )
 
-    def chunk_of(self, group: Group) -> Tensor:
-        """(queries,) int32: the chunk of each query, counted from the group's first."""
-        sizes = self.bounds[group.first : group.last + 1].diff()
-        chunk = torch.arange(group.size, dtype=torch.int32, device=sizes.device)
-        return chunk.repeat_interleave(sizes, output_size=group.stop - group.start)
+    def index_of(self, group: Group) -> GroupIndex:
+        key = (group.first, group.last)
+        if key not in self._made:
+            self._made[key] = self._index(group)
+        return self._made[key]
 
-    def bounds_of(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """int32 bounds within a group: of its samples' queries and of their rows, and of its chunks."""
+    def _index(self, group: Group) -> GroupIndex:
+        space, device = self.space, self.space.tokens.device
+        bounds = self.bounds[group.first : group.last + 1] - group.start
+        index = space.inverse[group.queries] - group.row_start
+        by_row, order = index.int().sort(stable=True)
+        offsets = torch.searchsorted(by_row, torch.arange(group.num_rows + 1, dtype=torch.int32, device=device))
         which = slice(group.samples[0], group.samples[1] + 1)
-        queries = self.space.cu_occurrences[which].clamp(group.start, group.stop) - group.start
-        rows = self.space.cu_seqlens[which].clamp(group.row_start, group.row_stop) - group.row_start
-        return queries.int(), rows.int(), (self.bounds[group.first : group.last + 1] - group.start).int()
+        samples = torch.arange(*group.samples, device=device)
+        ends = torch.searchsorted(self.samples[group.first : group.last], samples, right=True, out_int32=True)
+        return GroupIndex(
+            segments=Segments(index, order, offsets),
+            chunk=torch.repeat_interleave(bounds.diff(), output_size=group.stop - group.start),
+            cu_queries=(space.cu_occurrences[which].clamp(group.start, group.stop) - group.start).int(),
+            cu_rows=(space.cu_seqlens[which].clamp(group.row_start, group.row_stop) - group.row_start).int(),
+            cu_chunks=bounds.int(),
+            chunks_of_samples=torch.nn.functional.pad(ends, (1, 0)),
+        )
 
-    def chunks_of_samples(self, group: Group) -> Tensor:
-        """int32 bounds, within a group, of its samples' chunks."""
-        samples = torch.arange(group.samples[0], group.samples[1] + 1, device=self.samples.device)
-        return torch.searchsorted(self.samples[group.first : group.last], samples, out_int32=True)
+    def pairs_of(self, group: Group) -> tuple[Tensor, Tensor, Segments]:
+        """A group's pairs, chunk and row, and all occurrences -> pairs; counted from the group's first."""
+        which = slice(self.pairs.host[group.first], self.pairs.host[group.last])
+        chunk, row = self.pairs.chunk[which] - group.first, self.pairs.row[which] - group.row_start
+        offsets = self.pairs.offsets[which.start : which.stop + 1] - group.start
+        order = self.pairs.order[group.queries] - group.start
+        index = torch.repeat_interleave(offsets.diff(), output_size=order.numel())
+        return chunk, row, Segments(torch.empty_like(index).index_copy_(0, order, index), order, offsets)
 
-    def pairs_of(self, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A group's pairs: chunk and row, counted from the group's first, and their counts; and all occurrences -> pairs."""
-        which = slice(*group.pairs)
-        chunk, row = self.pair_chunk[which] - group.first, self.pair_row[which] - group.row_start
-        return chunk, row, self.pair_counts[which], self.pair_offsets[which.start : which.stop + 1] - group.start
+    def spread(self, rows: Tensor, group: Group) -> Tensor:
+        """Rows (U, ...) to the positions of a group's queries, (queries, ...)."""
+        return expand(rows[group.rows], self.index_of(group).segments)
 
     def fold(self, values: Tensor, group: Group) -> Tensor:
-        """Sum of per-query values (queries, ...) by row, (rows, ...) in float32 or wider.
-
-        Pair by pair first, so that no frequent row sums long; on CUDA, where sums form in float32, these keep the dtype of the values.
-        """
-        wide = torch.promote_types(values.dtype, torch.float32)
-        values = values if values.is_cuda else values.to(wide)
-        _, row, _, offsets = self.pairs_of(group)
-        order = self.pair_order[group.queries] - group.start
-        by_pair = segment_sum(values, Segments(order, order, offsets)).to(wide)
-        by_row, order = row.sort(stable=True)
-        bounds = torch.arange(group.row_stop - group.row_start + 1, device=row.device)
-        return segment_sum(by_pair, Segments(row, order, torch.searchsorted(by_row, bounds)))
+        """Sum of per-query values (queries, ...) by row, (rows, ...): formed in float32 or wider; on CUDA rounded to their dtype once."""
+        wide = values if values.is_cuda else values.to(torch.promote_types(values.dtype, torch.float32))
+        return segment_sum(wide, self.index_of(group).segments)
 
 
 def cut(cu_occurrences: Tensor, size: int) -> tuple[Tensor, Tensor]:

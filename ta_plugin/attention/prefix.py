@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ta_plugin.attention.chunks import CausalChunks, Group
-from ta_plugin.ops import Segments, segment_logsumexp, segment_sum
+from ta_plugin.ops import segment_logsumexp, segment_sum
 
 
 class PrefixCounts:
@@ -27,11 +27,12 @@ class PrefixCounts:
 
     def weights(self, group: Group) -> Tensor:
         """Log weights (chunks, rows) of the next group; -inf for a row that has not occurred."""
-        chunk, row, counts, _ = self.chunks.pairs_of(group)
-        shape = (group.size + 1, group.row_stop - group.row_start)
-        seen = torch.zeros(shape, dtype=self.dtype, device=row.device)
-        # sums within a group are at most its span and exact
-        seen.index_put_((chunk + 1, row), counts.to(self.dtype)).cumsum_(0)
+        at, rows = self.chunks.index_of(group), group.num_rows
+        seen = torch.zeros(group.size + 1, rows, dtype=self.dtype, device=at.chunk.device)
+        # sums within a group are at most its span, so exact in whatever order they form
+        cells = (at.chunk + 1) * rows + at.segments.index
+        seen.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=self.dtype))
+        seen.cumsum_(0)
         before = self.before[group.rows].to(self.dtype)
         self.before[group.rows] += seen[-1].long()
         return seen[:-1].add_(before).log_()
@@ -62,8 +63,8 @@ class PrefixDecay:
 
     def ages(self, group: Group) -> Tensor:
         """t_j - r_c (queries,) of a group's occurrences, each against its own chunk."""
-        chunk = self.chunks.chunk_of(group).long() + group.first
-        return (self.times[group.queries] - self.reference[chunk]).to(self.dtype)
+        chunk = self.chunks.index_of(group).chunk
+        return (self.times[group.queries] - self.reference[group.first : group.last][chunk]).to(self.dtype)
 
     def bias(self, group: Group) -> Tensor:
         """decay * (t_j - r_c) (queries, H): the weight of an occurrence within its chunk, and minus the term of a query."""
@@ -71,14 +72,10 @@ class PrefixDecay:
 
     def weights(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """Log weights (chunks, rows, H) of the next group and, with_mean, their derivatives by the decay, shaped alike."""
-        chunk, row, _, offsets = self.chunks.pairs_of(group)
-        rows, heads = group.row_stop - group.row_start, self.decay.numel()
+        chunk, row, segments = self.chunks.pairs_of(group)
+        rows, heads = group.num_rows, self.decay.numel()
         reference = self.reference[group.first : group.last + 1]
         step = (reference.diff()).to(self.dtype)
-        order = self.chunks.pair_order[group.queries] - group.start
-        index = torch.repeat_interleave(offsets.diff(), output_size=order.numel())
-        inverse = torch.empty_like(index).index_copy_(0, order, index)
-        segments = Segments(inverse, order, offsets)
         bias = self.bias(group)
         by_pair = segment_logsumexp(bias, segments)
 
@@ -88,7 +85,7 @@ class PrefixDecay:
         log.permute(0, 2, 1).index_put_((chunk + 1, row), moved)
         mean = None
         if self.mean is not None:
-            share = (bias - by_pair[inverse]).exp()
+            share = (bias - by_pair[segments.index]).exp()
             of_pair = segment_sum(share * self.ages(group).unsqueeze(1), segments)
             mean = torch.zeros_like(log)
             mean[0] = self.mean[:, group.rows].to(self.dtype)

@@ -80,6 +80,25 @@ MERGE_BACKWARD = Operator(
 )
 
 
+def _merge_into_in_torch(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    merged, merged_lse = _merge_in_torch(torch.stack([out, other]), torch.stack([lse, other_lse]), None)
+    out.copy_(merged)
+    lse.copy_(merged_lse)
+
+
+MERGE_INTO = Operator(
+    "merge_into",
+    "(Tensor(a!) out, Tensor(b!) lse, Tensor other, Tensor other_lse) -> ()",
+    _merge_into_in_torch,
+    lambda out, lse, other, other_lse: None,
+)
+
+
+def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """out (Q, H, D) and lse (Q, H) become the merge of themselves and one more partial, in place; without a gradient."""
+    MERGE_INTO(out, lse, other, other_lse)
+
+
 def merge_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """outs (N, Q, H, D), lses (N, Q, H) -> out (Q, H, D) in `dtype`, lse (Q, H); see `attention.merge`."""
     if outs.dim() != 4 or outs.shape[:3] != lses.shape:

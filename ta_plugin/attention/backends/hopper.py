@@ -109,7 +109,7 @@ class _Hopper(torch.autograd.Function):
         call: _Call,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_aligned(x) for x in (q, k, v))
+        q, k, v = (aligned(x) for x in (q, k, v))
         bounds = (call.cu_seqlens_q, call.cu_seqlens_k)
         out, lse = kernels.forward(q, k, v, log_weight, *bounds, call.scale, **call.options())
         ctx.kernels, ctx.call, ctx.deterministic = kernels, call, deterministic
@@ -122,7 +122,7 @@ class _Hopper(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 7
         q, k, v, log_weight, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else _aligned(dout)
+        dout = torch.zeros_like(out) if dout is None else aligned(dout)
         dlse = None if dlse is None else dlse.float().contiguous()
         need_dweight = log_weight is not None and ctx.needs_input_grad[4]
         dq, dk, dv, dweight = ctx.kernels.backward(
@@ -144,7 +144,7 @@ class _Hopper(torch.autograd.Function):
         return None, dq, dk, dv, dweight if need_dweight else None, None, None
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """x, copied unless its rows are contiguous and start at multiples of 16 bytes, as the copy engine needs."""
     fits = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
     return x if fits or x.numel() == 0 else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
