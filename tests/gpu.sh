@@ -16,7 +16,7 @@ part() {
   fi
 }
 
-part tests timeout 900 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_unique_space.py tests/attention/test_merge.py tests/test_cuda.py \
+part tests timeout 900 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_unique_space.py tests/attention/test_merge.py tests/attention/test_causal_on_cuda.py tests/test_cuda.py \
   --ignore tests/ops/test_builders.py
 if [ "${TA_BENCHMARK:-1}" = 1 ]; then part benchmark timeout 600 "$python" examples/benchmarks/ops.py; fi
 # without torch's cache every tensor is an allocation of its own, whose ends memcheck knows

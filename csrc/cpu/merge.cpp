@@ -66,6 +66,12 @@ std::tuple<Tensor, Tensor> merge(const Tensor& outs, const Tensor& lses, std::op
   return {out.to(dtype.value_or(outs.scalar_type())), lse};
 }
 
+void merge_into(const Tensor& out, const Tensor& lse, const Tensor& other, const Tensor& other_lse) {
+  const auto [merged, merged_lse] = merge(at::stack({out, other}), at::stack({lse, other_lse}), std::nullopt);
+  out.copy_(merged);
+  lse.copy_(merged_lse);
+}
+
 std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& outs,
                                           const Tensor& lses, const Tensor& lse) {
   check(outs, lses);
@@ -110,5 +116,6 @@ std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_out, const Tensor& 
 
 TORCH_LIBRARY_IMPL(ta_plugin, CPU, m) {
   m.impl("merge", merge);
+  m.impl("merge_into", merge_into);
   m.impl("merge_backward", merge_backward);
 }

@@ -6,7 +6,16 @@ import sys
 
 import torch
 
-from ta_plugin.ops import Segments, expand, load_op, merge_partials, operators, segment_logsumexp, segment_sum
+from ta_plugin.ops import (
+    Segments,
+    expand,
+    load_op,
+    merge_into,
+    merge_partials,
+    operators,
+    segment_logsumexp,
+    segment_sum,
+)
 
 
 def plans(device: str) -> None:
@@ -44,6 +53,7 @@ def rows(device: str) -> None:
         lses = torch.zeros(3, 5, 2).to(device).requires_grad_()
         out, lse = merge_partials(outs, lses, torch.bfloat16)
         (out.float().sum() + lse.sum()).backward()
+        merge_into(out.detach(), lse.detach(), out.detach().clone(), lse.detach().clone())
 
 
 if __name__ == "__main__":

@@ -72,6 +72,30 @@ def test_low_precision_is_one_rounding_away_from_float64(device: str, shape: Any
         )
 
 
+@settings(max_examples=40)
+@given(
+    shapes,
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([torch.float64, torch.float32, *HALVES]),
+    st.integers(0, 99),
+)
+def test_merging_in_place_equals_merging_apart(
+    device: str, compiled: Ops, plain: Ops, shape: tuple[int, ...], absent: float, dtype: torch.dtype, seed: int
+) -> None:
+    outs, lses = partials((2, *shape[1:]), absent, device, dtype, seed)
+    outs = torch.where(lses[..., None] == -torch.inf, 0.0, outs)  # an absent partial is 0 where it is written
+    outs[1] = torch.where(
+        lses[1, ..., None] == -torch.inf, torch.nan, outs[1]
+    )  # and may hold anything where it is read
+    want = merge(outs, lses)
+    for op in (compiled, plain):
+        out, lse = outs[0].clone(), lses[0].clone()
+        op("merge_into")(out, lse, outs[1], lses[1])
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+        torch.testing.assert_close(out, want[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse, want[1], rtol=1e-6 if dtype != torch.float64 else 1e-12, atol=1e-6)
+
+
 def test_gradients_of_both_orders(device: str, compiled: Ops) -> None:
     outs, lses = partials((3, 2, 2, 3), 0.0, device)
     outs.requires_grad_(), lses.requires_grad_()
@@ -85,6 +109,7 @@ def test_torch_accepts_the_operators(device: str, compiled: Ops) -> None:
         args = (outs.requires_grad_(), lses.requires_grad_(), torch.bfloat16)
         torch.library.opcheck(compiled("merge").default, args)
         out, lse = merge(outs.detach(), lses.detach())
+        torch.library.opcheck(compiled("merge_into").default, (out.clone(), lse.clone(), out, lse))
         torch.library.opcheck(compiled("merge_backward").default, (out, lse, outs.detach(), lses.detach(), lse))
 
 
