@@ -4,9 +4,10 @@
     python examples/benchmarks/causal_growth.py --device cpu --lengths 4096 8192 16384 --heads 4 --out growth
 
 Text is the Python standard library's source in file order, byte-pair encoded by a tokenizer trained on it here (pip install tokenizers);
-DNA is the overlapping 6-mers of --fasta, or of random bases. Each time is one forward and backward of attention, the plan (UniqueSpace,
-CausalChunks) included: "causal" has a query per position and keys per distinct token, "bidirectional" distinct rows on both sides and
-their expansion to positions. Plain is the fastest of the kernels named by --plain on keys at every position. Rounds take turns; medians.
+DNA is the overlapping 6-mers of --fasta, or of random bases. Each time is one forward and backward of attention, the plan
+(UniqueSpace, CausalChunks) included: "causal" has a query per position and keys per distinct token, "bidirectional" distinct rows on both
+sides and their expansion to positions. Plain is the fastest of the kernels named by --plain on keys at every position. Rounds take turns;
+medians.
 Writes DIR/growth.json, growth.md and growth.png.
 """
 
@@ -30,6 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ta_plugin import UniqueSpace
 from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention, choose_chunk, self_attention
+from ta_plugin.attention.scoring import Scoring
+from ta_plugin.data.fasta import kmer_ids, read_fasta
 
 KMER = 6
 CONSOLE = Console(width=150)
@@ -59,11 +62,9 @@ def dna_tokens(count: int, fasta: Path | None) -> Tensor:
     """Overlapping 6-mers, (count,) int64 below 4096."""
     if fasta is None:
         bases = torch.randint(0, 4, (count + KMER - 1,), generator=torch.Generator().manual_seed(0))
-    else:
-        lines = (line.strip() for line in fasta.read_text().splitlines() if not line.startswith(">"))
-        code = {base: i for i, base in enumerate("ACGT")}
-        bases = torch.tensor([code[base] for base in "".join(lines).upper() if base in code][: count + KMER - 1])
-    return sum(bases[i : bases.numel() - KMER + 1 + i] * 4 ** (KMER - 1 - i) for i in range(KMER))  # type: ignore[return-value]
+        return kmer_ids(bases, KMER)
+    found = torch.cat([kmer_ids(bases, KMER) for bases in read_fasta(fasta).values()])
+    return found[found >= 0][:count]  # what holds an unknown base is left out
 
 
 def tokenized(args: argparse.Namespace, tokens: Tensor, causal: bool) -> tuple[Step, Callable[[], dict[str, float]]]:
@@ -85,8 +86,9 @@ def tokenized(args: argparse.Namespace, tokens: Tensor, causal: bool) -> tuple[S
 
     def forward(plan: Any) -> Tensor:
         if causal:
-            return causal_attention(plan.space, q, k, v, chunk=plan, decay=decay, backend=args.backend)
-        return plan.expand(self_attention(plan, q, k, v))
+            options = {"decay": decay, "backend": args.backend, "deterministic": args.repeatable}
+            return causal_attention(plan.space, q, k, v, chunk=plan, **options)
+        return plan.expand(self_attention(plan, q, k, v, scoring=Scoring(deterministic=args.repeatable)))
 
     def clear() -> None:
         q.grad = k.grad = v.grad = None
@@ -286,12 +288,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, help="instead of the cost model's")
     parser.add_argument("--backend", help="of the causal tokenized side")
     parser.add_argument(
+        "--repeatable",
+        action="store_true",
+        help="the tokenized side's backward repeats to the bit; plain kernels' does not",
+    )
+    parser.add_argument(
         "--plain", nargs="*", choices=["cudnn", "flash", "flash4"], help="by default all that the device has"
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--most-seconds", type=float, default=6.0, help="per way and length; a slower one ends there")
     parser.add_argument("--vocabulary", type=int, default=32768, help="of the byte-pair tokenizer")
-    parser.add_argument("--fasta", type=Path, help="bases instead of random ones")
+    parser.add_argument("--fasta", type=Path, help="a genome, plain or .gz, instead of random bases")
     parser.add_argument("--tokens", type=Path, help="cache of the text's tokens (.pt): read if there, written if not")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("growth"))
@@ -321,7 +328,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     header = (
         f"{name}, torch {torch.__version__}, {str(args.dtype).removeprefix('torch.')}, {args.heads} heads of {args.head_dim}, "
-        f"{args.kv_heads} for keys{', ALiBi' if args.decay else ''}; forward and backward, plan included"
+        f"{args.kv_heads} for keys{', ALiBi' if args.decay else ''}; forward and backward{', repeatable' if args.repeatable else ''}, plan included"
     )
     CONSOLE.print(header)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,7 @@ class TokenKeyedSelfAttention(MegatronModule):
     vocab_size: ids lie below it; TP divides it
     token_dim:  width of the layer's table; hidden_size by default
     decay:      "none"; "alibi", its fixed slopes; "learned", one per head from those slopes on
+    deterministic, backend: of `causal_attention`
 
     Rotary embeddings and masks that Megatron hands to every layer are not read: the plan says who sees whom. Raises ValueError for
     what is not exact.
@@ -98,13 +99,15 @@ class TokenKeyedSelfAttention(MegatronModule):
         vocab_size: int,
         token_dim: int | None = None,
         decay: Literal["none", "alibi", "learned"] = "learned",
+        deterministic: bool = True,
         backend: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
-        self.tp_group, self.layer_number, self.backend = groups.tp, layer_number, backend
+        self.tp_group, self.layer_number = groups.tp, layer_number
+        self.deterministic, self.backend = deterministic, backend
         parts, rank = self.tp_group.size(), self.tp_group.rank()
         _check(config, vocab_size, decay, parts)
         heads, kv_heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
@@ -183,6 +186,7 @@ class TokenKeyedSelfAttention(MegatronModule):
             decay=self.slopes if self.log_decay is None else self.log_decay.float().exp(),
             scale=self.config.softmax_scale if hasattr(self.config, "softmax_scale") else None,
             chunk=chunks,
+            deterministic=self.deterministic,
             backend=self.backend,
         )
         attended = space.unpack(out.flatten(1)).reshape(batch, length, -1).transpose(0, 1).contiguous()
@@ -216,7 +220,10 @@ class UnplannedTransformerLayer(TransformerLayer):
 def get_token_keyed_layer_spec(
     config: TransformerConfig, vocab_size: int, *, use_transformer_engine: bool | None = None, **options: Any
 ) -> ModuleSpec:
-    """A TransformerLayer whose attention is `TokenKeyedSelfAttention` (options: token_dim, decay, backend); norms, MLP or MoE as ever."""
+    """A TransformerLayer whose attention is `TokenKeyedSelfAttention`; norms, MLP or MoE as ever.
+
+    options: token_dim, decay, deterministic, backend
+    """
     engine = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
     stock = stock_spec(config, engine)
     norm = stock.submodules.input_layernorm

@@ -23,6 +23,7 @@ class TokenKeyedAttention(nn.Module):
     token_dim:  width of the token rows (the embedding) that keys and values are projected from; dim by default
     value_vocab: instead of projected, values are an embedding table of this many ids of their own
     decay:      "none"; "alibi", its fixed slopes; "learned", one per head, from ALiBi's slopes on
+    deterministic, backend: of `causal_attention`
     """
 
     slopes: Tensor | None
@@ -37,6 +38,7 @@ class TokenKeyedAttention(nn.Module):
         token_dim: int | None = None,
         value_vocab: int | None = None,
         decay: DecayKind = "none",
+        deterministic: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class TokenKeyedAttention(nn.Module):
         self.output = nn.Linear(num_heads * self.head_dim, dim, bias=False)
         self.log_decay = nn.Parameter(alibi_slopes(num_heads).log()) if decay == "learned" else None
         self.register_buffer("slopes", alibi_slopes(num_heads) if decay == "alibi" else None, persistent=False)
-        self.backend = backend
+        self.deterministic, self.backend = deterministic, backend
 
     def forward(self, hidden: Tensor, rows: Tensor, chunks: CausalChunks, cache: LayerRows | None = None) -> Tensor:
         """hidden (M, dim) of the occurrences and rows (U, token_dim) of the distinct tokens of chunks.space -> (M, dim).
@@ -68,7 +70,14 @@ class TokenKeyedAttention(nn.Module):
         if cache is not None:
             cache.prefill(chunks.space, k, v, decay=decay)
         out = causal_attention(
-            chunks.space, self._queries(hidden), k, v, decay=decay, chunk=chunks, backend=self.backend
+            chunks.space,
+            self._queries(hidden),
+            k,
+            v,
+            decay=decay,
+            chunk=chunks,
+            deterministic=self.deterministic,
+            backend=self.backend,
         )
         return self.output(out.flatten(1))
 

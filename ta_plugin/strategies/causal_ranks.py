@@ -127,6 +127,7 @@ def causal_over_ranks(
     decay: Tensor | None = None,
     scale: float | None = None,
     chunk: int | None = None,
+    deterministic: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each position of this rank's pieces onto all positions up to it, on whatever rank: out (M, H, Dv), lse (M, H).
@@ -136,7 +137,7 @@ def causal_over_ranks(
     q:     (M, H, D), a query per occurrence of the reader, packed in its order (`plan.owned.reader.pack`)
     k, v:  (U_n, Hk, D), (U_n, Hk, Dv) of the owned rows, `plan.owned.space`
     decay: (H,) per head, ALiBi slopes or learned: a score loses decay times the number of positions from key to query
-    chunk: of `causal_attention` within the piece
+    chunk: of `causal_attention` within the piece; deterministic, backend: of both
 
     Collective over the group, forward and backward. Sent per rank: (N - 1) * U_n * (D + Dv) * Hk elements each way, and with
     decay (N - 1) * U_n * P * H more.
@@ -154,6 +155,7 @@ def causal_over_ranks(
         decay=decay,
         scale=scale,
         chunk=chunk,
+        deterministic=deterministic,
         backend=backend,
         return_lse=True,
     )
@@ -174,6 +176,7 @@ def causal_over_ranks(
                 prefix.cu_seqlens,
                 scale=scale,
                 return_lse=True,
+                deterministic=deterministic,
                 backend=backend,
             )
         )
