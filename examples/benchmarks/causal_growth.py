@@ -326,9 +326,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    said = f"{', ALiBi' if args.decay else ''}; forward and backward{', repeatable' if args.repeatable else ''}"
     header = (
         f"{name}, torch {torch.__version__}, {str(args.dtype).removeprefix('torch.')}, {args.heads} heads of {args.head_dim}, "
-        f"{args.kv_heads} for keys{', ALiBi' if args.decay else ''}; forward and backward{', repeatable' if args.repeatable else ''}, plan included"
+        f"{args.kv_heads} for keys{said}, plan included"
     )
     CONSOLE.print(header)
     args.out.mkdir(parents=True, exist_ok=True)
