@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_flatten
 
 from ta_plugin import UniqueSpace
 from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention
-from ta_plugin.attention.causal_parts import KernelParts
+from ta_plugin.attention.causal_parts import KernelParts, parts_for
 from ta_plugin.attention.chunks import cut
 from ta_plugin.attention.prefix import Decay, PrefixCounts, PrefixDecay
+from ta_plugin.attention.weighted import weighted_attention
 
 
 def plain(
@@ -45,8 +46,15 @@ def inputs_of(
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def compare(space: UniqueSpace, inputs: list[Tensor], decay: Tensor | None, through: str, **options: Any) -> None:
-    """Outputs and gradients through out, lse or both."""
+def compare(
+    space: UniqueSpace,
+    inputs: list[Tensor],
+    decay: Tensor | None,
+    through: str,
+    dout: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Outputs and gradients through out, lse or both; dout (M, H, D + 1) gives a gradient of out that is a strided view."""
     got = causal_attention(space, *inputs, decay=decay, return_lse=True, **options)
     want = plain(space, *inputs, decay, options.get("times"))
     for a, b in zip(got, want, strict=True):
@@ -54,6 +62,8 @@ def compare(space: UniqueSpace, inputs: list[Tensor], decay: Tensor | None, thro
     which = {"out": [0], "lse": [1], "both": [0, 1]}[through]
     g = torch.Generator().manual_seed(3)
     weights = [torch.randn(want[i].shape, generator=g, dtype=torch.float64) for i in which]
+    if dout is not None:
+        weights[0] = dout.to(inputs[0].dtype)[..., 1:]
     leaves = inputs + ([] if decay is None or not decay.requires_grad else [decay])
     grads = [
         torch.autograd.grad([x[i] for i in which], leaves, weights, allow_unused=True, materialize_grads=True)
@@ -255,6 +265,66 @@ def test_parts_by_a_kernel_that_takes_out_and_lse(
         compare(space, inputs_of(space, *heads), decay, through, chunk=chunk)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_reaches_a_kernel(deterministic: bool) -> None:
+    """Strided views are made what the kernel reads, q, k, v and dout alike; and backward is asked for as the caller says."""
+    space = UniqueSpace.from_packed(torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(1)))
+    seen: list[bool] = []
+
+    class Kernels:
+        @staticmethod
+        def forward(*args: Any, **options: Any) -> Any:
+            check(*args[:3])
+            return written_out_kernel.forward(*args, **options)
+
+        @staticmethod
+        def backward(dout: Tensor, dlse: Any, *args: Any, **options: Any) -> Any:
+            check(dout, *args[:3])
+            seen.append(args[-1])
+            return written_out_kernel.backward(dout, dlse, *args, **options)
+
+    def check(*rows: Tensor) -> None:
+        for x in rows:
+            assert x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+
+    wide = [torch.randn(n, 2, 17, dtype=torch.float64) for n in (60, space.num_rows, space.num_rows)]
+    parts = KernelParts(8**-0.5, Kernels, deterministic)
+    with patch("ta_plugin.attention.causal.parts_for", lambda *_: parts):
+        compare(space, [x[..., 1:9].requires_grad_() for x in wide], None, "out", chunk=7, dout=torch.randn(60, 2, 9))
+    assert seen and set(seen) == {deterministic}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("chunk", [7, 100])
+def test_the_argument_decides_whether_backward_repeats(
+    chunk: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ta_plugin.attention.causal as whole
+    import ta_plugin.attention.causal_parts as cut
+
+    asked: list[bool] = []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        asked.append(options["deterministic"])
+        return weighted_attention(*args, **options)
+
+    for module in (whole, cut):
+        monkeypatch.setattr(module, "weighted_attention", recorded)
+    space = UniqueSpace.from_packed(torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(1)))
+    q, k, v = inputs_of(space, 2, 2)
+    causal_attention(space, q, k, v, chunk=chunk, deterministic=deterministic).sum().backward()
+    assert asked and set(asked) == {deterministic}
+    asked.clear()
+    causal_attention(space, q, k, v, chunk=chunk)
+    assert set(asked) == {True}  # as weighted_attention itself
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert parts_for(q, v, 1.0, None, False).deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert parts_for(q, v, 1.0, None, deterministic).deterministic == deterministic
+
+
 def test_runs_repeat_to_the_bit() -> None:
     space = UniqueSpace.from_packed(torch.randint(0, 20, (200,), generator=torch.Generator().manual_seed(1)))
     results = []
@@ -293,6 +363,7 @@ def test_bad_input_is_named() -> None:
         (lambda: causal_attention(space, q, k, v, times=torch.ones(3)), "times are given without decay"),
         (lambda: causal_attention(space, q, k, v, decay=torch.ones(2), times=torch.ones(2)), "times have shape"),
         (lambda: causal_attention(space, q, k, v, chunk=0), "chunk is 0"),
+        (lambda: CausalChunks.of(space.with_spare_rows(4), 2), "2 spare rows"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
