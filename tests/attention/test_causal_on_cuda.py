@@ -48,7 +48,7 @@ def gradients(out: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse.to(lse.dtype))))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("decayed", [False, True])
 @pytest.mark.parametrize("chunk", [64, 200, 4096])
 @pytest.mark.parametrize(
