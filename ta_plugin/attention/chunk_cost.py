@@ -33,8 +33,8 @@ class ChunkRates:
     def of(cls, device: torch.device) -> ChunkRates:
         """Order-of-magnitude defaults: 14 operations at a GPU's 4e14 a second beside 3e12 bytes, or a CPU core's 3e10 and 4e9.
 
-        On CUDA the rest is fitted to one H100 (16 heads of 64): text at 131,072 positions, chunks of 256 to 2,048. It then finds the fastest
-        size, or one within 3 % of it, for text and DNA from 4,096 positions on, and cuts from about 16,384.
+        On CUDA the rest is fitted to one H100, 16 heads of 64, text at 131,072 positions in chunks of 256 to 2,048; it then chooses
+        within 3 % of the fastest size for text and DNA of 4,096 positions or more, and cuts from about 16,384.
         """
         if device.type == "cuda":
             return cls(pair=14 / 4e14, weight=32 / 3e12, chunk=8e-6, decay=2.5e-4, start=2e-3, move=110 / 3e12, tile=128)
