@@ -37,7 +37,9 @@ class ChunkRates:
         within 3 % of the fastest size for text and DNA of 4,096 positions or more, and cuts from about 16,384.
         """
         if device.type == "cuda":
-            return cls(pair=14 / 4e14, weight=32 / 3e12, chunk=8e-6, decay=2.5e-4, start=2e-3, move=110 / 3e12, tile=128)
+            return cls(
+                pair=14 / 4e14, weight=32 / 3e12, chunk=8e-6, decay=2.5e-4, start=2e-3, move=110 / 3e12, tile=128
+            )
         return cls(pair=14 / 3e10, weight=32 / 4e9, chunk=3e-4, decay=1e-4, start=1e-3, move=0.0, tile=32)
 
 
