@@ -21,6 +21,7 @@ class Scoring:
     normaliser: "softmax" or "none"
     activation: applied to the scores when nothing normalises them (torch.nn.functional.silu gives HSTU's pointwise attention)
     backend:    of `weighted_attention`; None has one chosen
+    deterministic: whether its backward repeats bit for bit
     """
 
     scale: float | None = None
@@ -28,6 +29,7 @@ class Scoring:
     normaliser: Normaliser = "softmax"
     activation: Activation | None = None
     backend: str | None = None
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         if self.normaliser not in ("softmax", "none"):
@@ -62,7 +64,7 @@ class Scoring:
         if self.score is None and self.normaliser == "softmax":
             return weighted_attention(
                 q, k, v, weight, cu_seqlens_q, cu_seqlens_k,
-                scale=self.scale, q_chunk=q_chunk, return_lse=True, backend=self.backend,
+                scale=self.scale, q_chunk=q_chunk, return_lse=True, backend=self.backend, deterministic=self.deterministic,
             )  # fmt: skip
         if self.normaliser == "none":
             return self.pointwise(q, k, v, weight, cu_seqlens_q, cu_seqlens_k, q_chunk), None

@@ -230,9 +230,9 @@ class SplitSequence:
         """Per-position values (B, P, L, ...) of this rank's pieces to (M, ...), in the order of the logits."""
         return self.rows.owned.reader.pack(values.transpose(0, 1).flatten(0, 1))
 
-    def attention(self, attention: TokenKeyedAttention | RotaryAttention, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    def attention(self, attention: object, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """A layer's attention as a function of hidden states alone; rows (U_n, dim) of the owned tokens."""
         if isinstance(attention, TokenKeyedAttention):
             return partial(attention.over_ranks, rows=rows, plan=self.rows)
-        assert self.halo is not None
+        assert isinstance(attention, RotaryAttention) and self.halo is not None
         return partial(attention.over_ranks, halo=self.halo)
