@@ -57,7 +57,7 @@ class TokenizedAttention(nn.Module):
     vocab_size:    ids must lie below it; None takes it from the embedding, and skips the check where that has none
     query, key, value: modules (n, E) -> (n, heads * head_dim); None takes the embedding. output: (n, H * Dv) -> (n, any)
     num_heads, num_kv_heads: H and Hk
-    scale, score, normaliser, activation, backend: see `Scoring`
+    scale, score, normaliser, activation, backend, deterministic: see `Scoring`
     include_self:  a target also attends to its own key, with weight 1
     strategy:      "gather", "owner", "auto" (the cost model chooses per batch), or "positions": plain attention over every
                    occurrence, each fetching its own row, for comparison
@@ -97,6 +97,7 @@ class TokenizedAttention(nn.Module):
         backend: str | None = None,
         rates: Rates | None = None,
         row_multiple: int = 1,
+        deterministic: bool = True,
     ) -> None:
         super().__init__()
         if group is None and dist.is_initialized() and nranks > 1:
@@ -121,7 +122,12 @@ class TokenizedAttention(nn.Module):
             self._check_layout()
             self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
             self.scoring = Scoring(
-                scale=scale, score=score, normaliser=normaliser, activation=activation, backend=backend
+                scale=scale,
+                score=score,
+                normaliser=normaliser,
+                activation=activation,
+                backend=backend,
+                deterministic=deterministic,
             )
         except ValueError as failure:  # the other ranks of the group must hear of it
             error = failure

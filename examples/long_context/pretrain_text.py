@@ -9,7 +9,8 @@ Three models of equal depth and width, on the same batches in the same order:
            token, so that it runs on distinct tokens, exactly;
 * window:  the mixed stack without its global layers, which shows what those add.
 
-Reports validation loss at equal steps and at equal time, with a plot. Token-keyed layers are another architecture, not a faster
+Reports validation loss at equal steps, and at equal time by a second run of each model faster or slower than the first, whose steps and
+learning-rate schedule fill the first one's time; with a plot. Token-keyed layers are another architecture, not a faster
 rotary layer: where the loss is worse, the table says so.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -61,14 +62,15 @@ class Curve:
     step_seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
-    def loss_at(self, step: int) -> float:
-        """Validation loss at the last evaluation up to a step."""
-        return [loss for at, _, loss in self.points if at <= step][-1]
+    @property
+    def loss(self) -> float:
+        """Validation loss at the end."""
+        return self.points[-1][2]
 
-    def loss_at_time(self, seconds: float) -> tuple[int, float]:
-        """The last evaluation within a time: its step and loss."""
-        step, _, loss = [point for point in self.points if point[1] <= seconds][-1]
-        return step, loss
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return self.points[-1][1]
 
 
 def loss_of(model: MixedDecoder, sequences: Tensor, settings: Settings) -> Tensor:
@@ -141,46 +143,49 @@ def _wait(settings: Settings) -> None:
         torch.cuda.synchronize()
 
 
-def report(curves: list[Curve], ratio: float, conditions: str, out: Path) -> None:
-    """The table, results.json and curves.png."""
+def report(curves: list[Curve], timed: list[Curve], ratio: float, conditions: str, out: Path) -> None:
+    """The table, results.json and curves.png. curves: at equal steps; timed: in equal time; the first is the same run in both."""
     baseline = curves[0]
     steps = baseline.points[-1][0]
-    seconds = min(curve.points[-1][1] for curve in curves)
     table = Table(title=f"validation loss, nats per token; {conditions}; L/U {ratio:.1f}")
     for column in (
         "model",
         "parameters",
         f"loss at step {steps}",
         "loss at equal time",
-        "(its step)",
+        "(its steps)",
         "time of a step",
         "peak memory",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")
     base_time = statistics.median(baseline.step_seconds)
-    for curve in curves:
-        step, loss = curve.loss_at_time(seconds)
+    for curve, other in zip(curves, timed, strict=True):
         memory = "" if curve.peak_bytes is None else f"{curve.peak_bytes / 2**30:.2f} GiB"
         ratio_of_time = f"{statistics.median(curve.step_seconds) / base_time:.2f}x"
         table.add_row(
             curve.name,
             f"{curve.parameters:,}",
-            f"{curve.loss_at(steps):.4f}",
-            f"{loss:.4f}",
-            str(step),
+            f"{curve.loss:.4f}",
+            f"{other.loss:.4f}",
+            str(other.points[-1][0]),
             ratio_of_time,
             memory,
         )
     CONSOLE.print(table)
     out.mkdir(parents=True, exist_ok=True)
-    found = {"conditions": conditions, "occurrences_per_distinct": ratio, "models": [asdict(curve) for curve in curves]}
+    found = {
+        "conditions": conditions,
+        "occurrences_per_distinct": ratio,
+        "models": [asdict(curve) for curve in curves],
+        "equal_time": [asdict(curve) for curve in timed],
+    }
     (out / "results.json").write_text(json.dumps(found, indent=1))
-    plot(curves, out / "curves.png")
+    plot(curves, timed, out / "curves.png")
     CONSOLE.print(f"written: {out / 'results.json'}, {out / 'curves.png'}")
 
 
-def plot(curves: list[Curve], path: Path) -> None:
-    """Validation loss against steps and against time."""
+def plot(curves: list[Curve], timed: list[Curve], path: Path) -> None:
+    """Validation loss of the runs of equal steps against steps, and of those of equal time against time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,14 +193,13 @@ def plot(curves: list[Curve], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     unit = axes[1].get_xaxis()
-    longest = max(curve.points[-1][1] for curve in curves)
-    for curve in curves:
-        losses = [loss for _, _, loss in curve.points]
-        axes[0].plot([step for step, _, _ in curve.points], losses, "o-", markersize=3, label=curve.name)
-        axes[1].plot([seconds / longest for _, seconds, _ in curve.points], losses, "o-", markersize=3)
+    whole = curves[0].seconds
+    for curve, other in zip(curves, timed, strict=True):
+        axes[0].plot([p[0] for p in curve.points], [p[2] for p in curve.points], "o-", markersize=3, label=curve.name)
+        axes[1].plot([p[1] / whole for p in other.points], [p[2] for p in other.points], "o-", markersize=3)
     axes[0].set(xlabel="step", ylabel="validation loss (nats per token)", title="equal steps")
     axes[1].set(title="equal time")
-    unit.set_label_text("time of training (1: the slowest model's)")
+    unit.set_label_text("time of training (1: the first model's)")
     axes[0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -222,7 +226,7 @@ def main(
     validation: Annotated[int, typer.Option(help="held-out sequences per look")] = 8,
     device: str = "cuda" if ON_GPU else "cpu",
 ) -> None:
-    """Train the three models and report."""
+    """Train the three models, the last two twice, and report."""
     train_files, held_files = split_files(source_files(folder, pattern))
     CONSOLE.print(f"{len(train_files)} files to train on, {len(held_files)} held out; training the tokenizer")
     tokenizer = train_tokenizer(train_files, vocab)
@@ -246,7 +250,8 @@ def main(
         torch.device(device),
         device != "cpu",
     )
-    curves = []
+    curves: list[Curve] = []
+    timed: list[Curve] = []
     for name, every, width in (("rotary", 0, None), ("mixed", global_every, window), ("window", 0, window)):
         config = MixedDecoderConfig(
             stream.vocab_size,
@@ -258,12 +263,16 @@ def main(
             decay=decay,  # type: ignore[arg-type]
         )
         curves.append(train(name, config, stream, held_out, settings))
+        fitting = max(1, round(curves[0].seconds / statistics.median(curves[-1].step_seconds)))
+        same = len(curves) == 1 or fitting == steps
+        longer = replace(settings, steps=fitting, evaluate_every=max(1, fitting // evaluations))
+        timed.append(curves[-1] if same else train(f"{name}, equal time", config, stream, held_out, longer))
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     conditions = (
         f"{steps} steps of {batch} x {context} tokens, {layers} layers, dim {dim}, window {window}, global every {global_every} "
         f"(decay {decay}); torch {torch.__version__}, {where}"
     )
-    report(curves, ratio, conditions, out)
+    report(curves, timed, ratio, conditions, out)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def convert(
         module.strategy = block.strategy or module.strategy
         module.row_multiple = block.row_multiple if block.row_multiple > 1 else module.row_multiple
         module.regroup(group, block.layout)
-        module.scoring = replace(module.scoring, backend=block.backend or module.scoring.backend)
+        repeats = module.scoring.deterministic if block.deterministic is None else block.deterministic
+        module.scoring = replace(module.scoring, backend=block.backend or module.scoring.backend, deterministic=repeats)
         backend = module.scoring.backend or "chosen per call"
         done.changed.append(
             (name, f"TokenizedAttention, layout {module.layout}, strategy {module.strategy}, backend {backend}")
@@ -91,7 +92,7 @@ def _place_ulysses(model: nn.Module, block: TokenizedAttentionConfig, group: SSP
             if group is None:
                 done.left.append((name, f'{BLOCK}.layout is "sample": it attends within what one rank reads'))
             else:
-                module.set_group(group, block.backend, block.row_multiple)
+                module.set_group(group, block.scoring(), block.row_multiple)
                 done.changed.append((name, f"local attention of Ulysses over {group.size} rank(s)"))
         elif isinstance(module, TokenizedAttention):
             _check_layout(name, module, block, group, done.group)
@@ -276,7 +277,7 @@ def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: C
         done.left.append(("", f"{BLOCK}.modules has no effect in a pipeline: token ids do not reach later stages"))
         return
     plan = TokenPlan(block.tokens, block.lengths, done.group, verify=block.verify, row_multiple=block.row_multiple)
-    backend = block.backend
+    scoring = block.scoring()
     named = [
         (name, module)
         for name, module in model.named_modules()
@@ -289,11 +290,11 @@ def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: C
         if type(module) is nn.MultiheadAttention:
             reason = why_not_multihead(module)
             if reason is None:
-                TokenizedMultiheadAttention.adopt(module, plan, backend)
+                TokenizedMultiheadAttention.adopt(module, plan, scoring)
         else:
             reason = why_not_huggingface(model, module)
             if reason is None:
-                tokenize_huggingface(model, module, plan, backend)
+                tokenize_huggingface(model, module, plan, scoring)
         if reason is None:
             done.plan = plan
             done.changed.append((name, f"{kind} attends over distinct tokens of {block.tokens!r}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ def tokenized_attention_forward(
     plan.check_once(module, type(module).__name__, *grids)
     assert plan.space is not None
     rows = [plan.rows_of(grid) for grid in grids]
-    scoring = Scoring(scale=scaling, backend=module._token_backend)  # type: ignore[arg-type]
-    return plan.space.expand(self_attention(plan.space, *rows, scoring=scoring)), None
+    scoring = module._token_scoring
+    assert isinstance(scoring, Scoring)
+    return plan.space.expand(self_attention(plan.space, *rows, scoring=replace(scoring, scale=scaling))), None
 
 
 def why_not_huggingface(model: nn.Module, module: nn.Module) -> str | None:
@@ -49,12 +51,12 @@ def why_not_huggingface(model: nn.Module, module: nn.Module) -> str | None:
     return None
 
 
-def tokenize_huggingface(model: nn.Module, module: nn.Module, plan: TokenPlan, backend: str | None) -> None:
+def tokenize_huggingface(model: nn.Module, module: nn.Module, plan: TokenPlan, scoring: Scoring) -> None:
     """Let `module` of a Hugging Face model attend through `tokenized_attention_forward`."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(KEY, tokenized_attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(KEY, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    module._token_plan, module._token_backend = plan, backend  # type: ignore[assignment]
+    module._token_plan, module._token_scoring = plan, scoring  # type: ignore[assignment]
     model.config._attn_implementation = KEY  # type: ignore[union-attr]

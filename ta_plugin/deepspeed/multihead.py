@@ -16,13 +16,13 @@ class TokenizedMultiheadAttention(nn.MultiheadAttention):
     """
 
     _plan: TokenPlan
-    _backend: str | None
+    _scoring: Scoring
 
     @classmethod
-    def adopt(cls, module: nn.MultiheadAttention, plan: TokenPlan, backend: str | None) -> None:
+    def adopt(cls, module: nn.MultiheadAttention, plan: TokenPlan, scoring: Scoring) -> None:
         """Turn a module into this class in place: parameters, names and optimizers that hold them stay as they are."""
         module.__class__ = cls
-        vars(module).update(_plan=plan, _backend=backend)
+        vars(module).update(_plan=plan, _scoring=scoring)
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class TokenizedMultiheadAttention(nn.MultiheadAttention):
         assert space is not None
         packed = F.linear(self._plan.rows_of(x), self.in_proj_weight, self.in_proj_bias)
         q, k, v = (part.unflatten(1, (self.num_heads, self.head_dim)) for part in packed.chunk(3, 1))
-        rows = self_attention(space, q, k, v, scoring=Scoring(backend=self._backend)).flatten(1)
+        rows = self_attention(space, q, k, v, scoring=self._scoring).flatten(1)
         out = space.expand(self.out_proj(rows))
         return out if self.batch_first else out.transpose(0, 1), None
 

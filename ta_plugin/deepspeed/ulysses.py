@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
@@ -16,19 +18,19 @@ class TokenizedUlyssesAttention(nn.Module):
     """Bidirectional self-attention of sequences whose chunks lie on the ranks of Ulysses' group, equal chunks in rank order.
 
     Exact where q, k and v depend on the token only (no positions below). Without a group it is the same attention on one rank;
-    the "sequence" layout of the block gives it Ulysses' group and the block's backend.
+    the "sequence" layout of the block gives it Ulysses' group and the block's options.
     """
 
     def __init__(self, scale: float | None = None, *, verify: bool = True) -> None:
         super().__init__()
         self.scale, self.verify = scale, verify
-        self.set_group(SSPGroup(None), None)
+        self.set_group(SSPGroup(None), Scoring())
 
-    def set_group(self, group: SSPGroup, backend: str | None, row_multiple: int = 1) -> None:
+    def set_group(self, group: SSPGroup, scoring: Scoring, row_multiple: int = 1) -> None:
         """Attend over sequences that lie on `group`."""
         self._group = group
         self._plan = TokenPlan("tokens", "lengths", group, verify=self.verify, row_multiple=row_multiple)
-        self._scoring = Scoring(scale=self.scale, backend=backend)
+        self._scoring = replace(scoring, scale=self.scale)
         local = _LocalAttention(self._plan, self._scoring)
         self._attend = local if group.group is None else DistributedAttention(local, group.group, 2, 1)
 

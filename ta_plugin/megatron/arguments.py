@@ -59,6 +59,11 @@ def add_ta_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=128,
         help="the table has a multiple of this many rows; every SSP size a checkpoint shall load under must divide it",
     )
+    group.add_argument(
+        "--ta-nondeterministic",
+        action="store_true",
+        help="backward of tokenized layers may add in any order, which is faster on Hopper GPUs; --deterministic-mode overrides it",
+    )
     return parser
 
 
@@ -69,4 +74,5 @@ def model_options(args: Namespace) -> dict[str, Any]:
         "row_multiple": args.ta_row_multiple,
         "row_capacity": capacity[0] if capacity is not None and len(capacity) == 1 else capacity,
         "vocab_divisible_by": args.ta_vocab_divisible_by,
+        "deterministic": not args.ta_nondeterministic,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -40,14 +41,20 @@ class TokenizedCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         backend: str | None = None,
+        deterministic: bool = True,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         check_layer(config, attn_mask_type, attention_type)
         self.layer_number = layer_number
         self.scoring = Scoring(scale=softmax_scale, backend=backend)
+        self.set_deterministic(deterministic)
         context = getattr(pg_collection, "cp", None)
         self.context = SSPGroup(context if context is not None and context.size() > 1 else None)
+
+    def set_deterministic(self, deterministic: bool) -> None:
+        """Whether backward repeats bit for bit; Megatron's deterministic_mode has it do so in any case."""
+        self.scoring = replace(self.scoring, deterministic=deterministic or self.config.deterministic_mode)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from ta_plugin.checks import check_tokens
+from ta_plugin.megatron.core_attention import TokenizedCoreAttention
 from ta_plugin.megatron.embedding import SSPTokenEmbedding
 from ta_plugin.megatron.layer_specs import get_block_spec, get_tokenized_layer_spec
 from ta_plugin.megatron.layers import PositionTransformerLayer, TokenizedTransformerLayer, rotary_angles
@@ -43,6 +44,7 @@ class TokenizedModel(LanguageModule):
     row_capacity: rows are padded to this number per microbatch, or to the smallest of several that holds them: few shapes, for CUDA
                   graphs and the allocator. One number serves pipelines without variable_seq_lengths, whose schedule is then called
                   with seq_length=row_capacity and micro_batch_size=1
+    deterministic: whether backward of tokenized layers repeats bit for bit; config.deterministic_mode has it do so in any case
     rotary_base: rotary positions with this base in the stock layers of a mixed stack; config.no_rope_freq keeps the others free
     pre_process, post_process, vp_stage: as for GPTModel
 
@@ -65,6 +67,7 @@ class TokenizedModel(LanguageModule):
         embedding_seed: int = 0,
         layout: Layout = "sample",
         rotary_base: float | None = None,
+        deterministic: bool = True,
     ) -> None:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config=config, pg_collection=groups)
@@ -107,6 +110,9 @@ class TokenizedModel(LanguageModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        for module in self.decoder.modules():
+            if isinstance(module, TokenizedCoreAttention):
+                module.set_deterministic(deterministic)
         self.ends_in_positions = bool(spec.layer_specs) and issubclass(
             spec.layer_specs[-1].module, PositionTransformerLayer
         )

@@ -7,6 +7,9 @@ and best with a sliding window, between them. Every stage of a pipeline makes th
     plan = plan_causal(tokens, config)                                # tokens (B, L), once per microbatch
     model = GPTModel(config, get_token_keyed_block_spec(config, vocab_size, every=4), ...)
     model(tokens, position_ids, attention_mask, labels=labels, packed_seq_params=plan)
+
+Under context parallelism every rank passes the tokens that Megatron deals it, zigzag, and token-keyed layers run over the group:
+their keys and values are sent once per distinct token, where stock layers send every position's.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -32,14 +36,21 @@ from torch import Tensor, nn
 from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention, choose_chunk
 from ta_plugin.megatron.core_attention import SDPACoreAttention
 from ta_plugin.megatron.layer_specs import final_norm, has_transformer_engine, stock_spec
+from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.routing import HashOwners
+from ta_plugin.strategies import CausalRows, causal_over_ranks
 from ta_plugin.unique_space import UniqueSpace
 
 
 @dataclass
 class TokenKeyedSeqParams(PackedSeqParams):
-    """PackedSeqParams that carry the chunks of a microbatch to its token-keyed layers. Made by `plan_causal`."""
+    """PackedSeqParams that carry the chunks of a microbatch to its token-keyed layers. Made by `plan_causal`.
+
+    chunks: of this rank's positions; over_ranks: where they are pieces of samples that lie on context-parallel ranks
+    """
 
     chunks: CausalChunks | None = field(default=None)
+    over_ranks: CausalRows | None = field(default=None)
 
 
 def plan_causal(
@@ -50,32 +61,76 @@ def plan_causal(
     cu_seqlens: Tensor | None = None,
     chunk: int | None = None,
 ) -> TokenKeyedSeqParams:
-    """What token-keyed layers need to know of a microbatch. Local to the rank; the same on all ranks of TP and PP.
+    """What token-keyed layers need to know of a microbatch; the same on all ranks of TP and PP. Collective over context parallelism.
 
-    tokens:     (B, L) int64 for hidden states (L, B, hidden)
-    lengths:    (B,) int64 valid positions of each row; all by default. Others come out of the layer as its bias alone
-    cu_seqlens: (n + 1,) bounds of documents packed into the flattened tokens, B = 1; a position sees its own document
+    tokens:     (B, L) int64 for hidden states (L, B, hidden); with context parallelism of N the (B, L / N) of this rank, pieces r and
+                2 N - 1 - r of 2 N equal ones, as `get_batch_on_this_cp_rank` deals them
+    lengths:    (B,) int64 valid positions of each whole row; all by default. Others come out of the layer as its bias alone
+    cu_seqlens: (n + 1,) bounds of documents packed into the whole row, B = 1; a position sees its own document
     chunk:      positions per chunk, by default what `choose_chunk` says
+
+    Raises ValueError, under context parallelism on every rank of the group.
     """
+    parts = config.context_parallel_size
+    group = SSPGroup(parallel_state.get_context_parallel_group() if parts > 1 else None)
+    space, error = None, None
+    try:
+        space = _space_of(tokens, lengths, cu_seqlens, parts, group.rank)
+        if chunk is None:
+            head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            chunk = choose_chunk(space, heads, head_dim, tokens.device, decayed=True).size
+        elif chunk < 1:
+            raise ValueError(f"chunk is {chunk}; pass 1 or more")
+    except ValueError as failure:
+        error = failure
+    if parts > 1:
+        exchange_header(group, [], error)
+    elif error is not None:
+        raise error
+    assert space is not None and chunk is not None
+    length = parts * tokens.shape[1]  # GPTModel asks for it when it makes rotary embeddings
+    params = TokenKeyedSeqParams(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length)
+    if parts == 1:
+        params.chunks = CausalChunks.of(space, chunk)
+        return params
+    params.over_ranks = CausalRows.of(space, HashOwners(parts), group).with_chunks(chunk)
+    params.chunks = params.over_ranks.chunks
+    return params
+
+
+def _space_of(tokens: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, parts: int, rank: int) -> UniqueSpace:
+    """Of the tokens this rank reads: of B samples, or with parts > 1 of two pieces of each, sample p * B + b being piece p of b."""
     if tokens.dim() != 2:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; pass (B, L)")
+    batch, local = tokens.shape
+    if cu_seqlens is not None and (batch != 1 or lengths is not None):
+        raise ValueError(f"cu_seqlens is given with B = {batch} or lengths; pack documents into one row (1, L)")
+    if parts == 1 and cu_seqlens is not None:
+        return UniqueSpace.from_packed(tokens[0], cu_seqlens)
+    pieces = 1 if parts == 1 else 2
+    if local % pieces:
+        raise ValueError(
+            f"tokens have {local} positions on this context-parallel rank; pad the whole row to a multiple of {2 * parts}, twice the "
+            "context parallel size"
+        )
+    size = local // pieces
+    places = torch.tensor([0] if parts == 1 else [rank, 2 * parts - 1 - rank], device=tokens.device)
     if cu_seqlens is not None:
-        if tokens.shape[0] != 1 or lengths is not None:
+        bounds = cu_seqlens.long().to(tokens.device)
+        if bounds.dim() != 1 or bounds.numel() == 0 or (int(bounds[0]), int(bounds[-1])) != (0, parts * local):
             raise ValueError(
-                f"cu_seqlens is given with B = {tokens.shape[0]} or lengths; pack documents into one row (1, L)"
+                f"cu_seqlens is {bounds.tolist()}; it must rise from 0 to the length of the whole row, {parts * local}"
             )
-        space = UniqueSpace.from_packed(tokens[0], cu_seqlens)
-    else:
-        if lengths is None:
-            lengths = torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64, device=tokens.device)
-        space = UniqueSpace.from_padded(tokens, lengths)
-    if chunk is None:
-        head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
-        heads = config.num_attention_heads // config.tensor_model_parallel_size
-        chunk = choose_chunk(space, heads, head_dim, tokens.device, decayed=True).size
-    length = tokens.shape[1]  # GPTModel asks for it when it makes rotary embeddings
-    chunks = CausalChunks.of(space, chunk)
-    return TokenKeyedSeqParams(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length, chunks=chunks)
+        mine = (bounds - size * places[:, None]).clamp(0, size).diff()  # (2, documents)
+        return UniqueSpace.from_packed(tokens[0], torch.cat([mine.new_zeros(1), mine.reshape(-1).cumsum(0)]))
+    if lengths is None:
+        lengths = torch.full((batch,), parts * local, dtype=torch.int64, device=tokens.device)
+    elif lengths.shape != (batch,) or (batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= parts * local):
+        raise ValueError(f"lengths are {lengths.tolist()}; pass ({batch},) of whole rows, in [0, {parts * local}]")
+    mine = (lengths - size * places[:, None]).clamp(0, size)
+    grid = tokens.view(batch, pieces, size).transpose(0, 1).reshape(pieces * batch, size)
+    return UniqueSpace.from_padded(grid, mine.reshape(-1))
 
 
 class TokenKeyedSelfAttention(MegatronModule):
@@ -164,33 +219,47 @@ class TokenKeyedSelfAttention(MegatronModule):
                 "inference_context is given to a token-keyed layer; decode with ta_plugin.models.decode_cache.DecodeCache, which keeps "
                 "distinct tokens"
             )
-        space = chunks.space
+        space, over_ranks = chunks.space, getattr(packed_seq_params, "over_ranks", None)
+        parts = 1 if over_ranks is None else over_ranks.owned.group.size
+        if parts != self.config.context_parallel_size:
+            raise ValueError(
+                f"the plan is of context parallel size {parts}, the layer of {self.config.context_parallel_size}; pass plan_causal the "
+                "layer's config"
+            )
         q, _ = self.linear_q(hidden_states)
         length, batch = q.shape[:2]
-        if (batch, length) != (space.num_samples, space.padded_length) and batch * length != space.num_occurrences:
+        pieces = 1 if over_ranks is None else over_ranks.owned.pieces
+        if (pieces * batch, length) != (space.num_samples, pieces * (space.padded_length or 0)) and (
+            space.padded_length is not None or batch * length != space.num_occurrences
+        ):
             raise ValueError(
                 f"hidden_states have {length} positions of {batch} samples, but the plan {space.num_occurrences} of {space.num_samples}; "
                 "make it from the tokens of this microbatch"
             )
-        grid = q.transpose(0, 1)
-        packed = space.pack(grid) if space.padded_length is not None else grid.reshape(batch * length, -1)
-        rows = self.norm(self.table(space.tokens))
+        grid = q.view(pieces, length // pieces, batch, -1).transpose(1, 2).flatten(0, 1)  # (P * B, L / P, ...)
+        packed = space.pack(grid) if space.padded_length is not None else grid.flatten(0, 1)
+        owned = space if over_ranks is None else over_ranks.owned.space
+        rows = self.norm(self.table(owned.tokens))
         k, v = (
             linear(rows)[0].view(-1, self.local_kv_heads, self.head_dim) for linear in (self.linear_k, self.linear_v)
         )
-        out = causal_attention(
-            space,
-            packed.reshape(-1, self.local_heads, self.head_dim),
-            k,
-            v,
-            decay=self.slopes if self.log_decay is None else self.log_decay.float().exp(),
-            scale=self.config.softmax_scale if hasattr(self.config, "softmax_scale") else None,
-            chunk=chunks,
-            deterministic=self.deterministic,
-            backend=self.backend,
-        )
-        attended = space.unpack(out.flatten(1)).reshape(batch, length, -1).transpose(0, 1).contiguous()
-        return self.linear_proj(attended)
+        packed = packed.reshape(-1, self.local_heads, self.head_dim)
+        options: dict[str, Any] = {
+            "decay": self.slopes if self.log_decay is None else self._learned_decay(self.log_decay),
+            "scale": self.config.softmax_scale if hasattr(self.config, "softmax_scale") else None,
+            "deterministic": self.deterministic,
+            "backend": self.backend,
+        }
+        if over_ranks is None:
+            out = causal_attention(space, packed, k, v, chunk=chunks, **options)
+        else:
+            out, _lse = causal_over_ranks(over_ranks, packed, k, v, **options)
+        attended = space.unpack(out.flatten(1)).reshape(pieces, batch, length // pieces, -1)
+        return self.linear_proj(attended.transpose(1, 2).reshape(length, batch, -1).contiguous())
+
+    @staticmethod
+    def _learned_decay(log_decay: Tensor) -> Tensor:
+        return log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)).exp()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -304,10 +373,6 @@ def _check(config: TransformerConfig, vocab_size: int, decay: str, parts: int) -
     if config.attention_dropout:
         raise ValueError(
             f"attention_dropout is {config.attention_dropout}; it would drop all occurrences of a token together. Set it to 0.0"
-        )
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size is {config.context_parallel_size}; a token-keyed layer needs all positions of a sample. Set it to 1"
         )
     if getattr(config, "multi_latent_attention", False):
         raise ValueError("multi_latent_attention is set; token-keyed layers have keys of their own. Set it to False")

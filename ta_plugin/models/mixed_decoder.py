@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,9 @@ from ta_plugin.attention import CausalChunks, choose_chunk
 from ta_plugin.models.decode_cache import DecodeCache
 from ta_plugin.models.rotary import RotaryAttention, WindowCache
 from ta_plugin.models.token_keyed import DecayKind, TokenKeyedAttention
+from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.routing import HashOwners
+from ta_plugin.strategies import CausalRows, Halo, pieces_of
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -94,6 +97,61 @@ class MixedDecoder(nn.Module):
             chunk = choose_chunk(space, heads, self.config.dim // heads, tokens.device, decayed).size
         return CausalChunks.of(space, chunk)
 
+    def plan_over_ranks(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        group: SSPGroup,
+        *,
+        places: Sequence[Sequence[int]] | None = None,
+        chunk: int | None = None,
+    ) -> SplitSequence:
+        """This rank's pieces of samples that lie over the group (layout "sequence"), for `over_ranks`. Collective.
+
+        tokens:  (B, P, L) int64, P pieces of each sample; lengths: (B, P) int64, of any size
+        places:  of every rank's pieces in the sequence, by default `zigzag`, whose P is 2
+
+        Raises ValueError on every rank for what is wrong on one, and for rotary layers without a window.
+        """
+        config, error, reader = self.config, None, None
+        heads, rotary = config.num_heads, config.global_every != 1
+        try:
+            if rotary and config.window is None:
+                raise ValueError(
+                    "window is None; over ranks rotary layers need a sliding window, or global_every=1 to have none of them"
+                )
+            if tokens.dim() != 3 or lengths.shape != tokens.shape[:2]:
+                raise ValueError(
+                    f"tokens have shape {tuple(tokens.shape)}, lengths {tuple(lengths.shape)}; pass (B, P, L) and (B, P)"
+                )
+            reader = pieces_of(tokens, lengths)
+            if reader.num_rows and not 0 <= int(reader.tokens.min()) <= int(reader.tokens.max()) < config.vocab_size:
+                raise ValueError(
+                    f"tokens lie in [{int(reader.tokens.min())}, {int(reader.tokens.max())}]; pass ids in [0, {config.vocab_size})"
+                )
+            if chunk is None:
+                decayed = config.decay != "none"
+                chunk = choose_chunk(reader, heads, config.dim // heads, tokens.device, decayed).size
+            elif chunk < 1:
+                raise ValueError(f"chunk is {chunk}; pass 1 or more")
+        except ValueError as failure:
+            error = failure
+        exchange_header(group, [], error)
+        assert reader is not None and chunk is not None
+        rows = CausalRows.of(reader, HashOwners(group.size), group, places).with_chunks(chunk)
+        return SplitSequence(rows, Halo.of(rows, config.window - 1) if rotary and config.window is not None else None)
+
+    def over_ranks(self, split: SplitSequence) -> Tensor:
+        """Logits (M, vocab) of what follows each position of this rank's pieces, packed as `split.pack` packs. Collective.
+
+        Equal to `forward` over the whole samples. Each rank's backward leaves its share of the gradients: their sum over the group is
+        that of the summed losses.
+        """
+        hidden, rows = self.embedding(split.rows.tokens), self.embedding(split.rows.owned.space.tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, split.attention(layer.attention, rows))
+        return self._logits(hidden)
+
     def forward(
         self,
         tokens: Tensor,
@@ -156,3 +214,25 @@ class DecodeCaches:
 
     tokens: DecodeCache
     windows: dict[int, WindowCache]
+
+
+@dataclass(frozen=True)
+class SplitSequence:
+    """What a mixed stack needs of samples whose pieces lie on several ranks. Made by `MixedDecoder.plan_over_ranks`.
+
+    rows: for token-keyed layers; halo: for rotary layers within a window, None where there are none
+    """
+
+    rows: CausalRows
+    halo: Halo | None
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Per-position values (B, P, L, ...) of this rank's pieces to (M, ...), in the order of the logits."""
+        return self.rows.owned.reader.pack(values.transpose(0, 1).flatten(0, 1))
+
+    def attention(self, attention: object, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """A layer's attention as a function of hidden states alone; rows (U_n, dim) of the owned tokens."""
+        if isinstance(attention, TokenKeyedAttention):
+            return partial(attention.over_ranks, rows=rows, plan=self.rows)
+        assert isinstance(attention, RotaryAttention) and self.halo is not None
+        return partial(attention.over_ranks, halo=self.halo)

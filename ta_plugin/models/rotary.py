@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ta_plugin.strategies import Halo
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -37,8 +38,17 @@ class RotaryAttention(nn.Module):
         q, k, v = self._project(hidden, positions)
         if cache is not None:
             cache.prefill(space, k, v)
-        attended = self._whole(q, k, v, space) if self.window is None else self._windowed(q, k, v, space, self.window)
+        bounds = space.cu_occurrences
+        attended = self._whole(q, k, v, bounds) if self.window is None else self._windowed(q, k, v, bounds, self.window)
         return self.output(attended.flatten(1))
+
+    def over_ranks(self, hidden: Tensor, halo: Halo) -> Tensor:
+        """hidden (M, dim) of this rank's pieces of a sequence -> (M, dim); `halo` reaches window - 1 back. Collective."""
+        assert self.window is not None
+        q, k, v = self._project(hidden, halo.plan.positions())
+        keys, values = halo.extend(torch.stack([k, v], 1), "window").unbind(1)
+        out = self._windowed(halo.spread(q), keys, values, halo.cu_seqlens, self.window)
+        return self.output(out.index_select(0, halo.own).flatten(1))
 
     def step(self, hidden: Tensor, cache: WindowCache) -> Tensor:
         """The next position of each sample, hidden (B, dim) -> (B, dim)."""
@@ -55,17 +65,16 @@ class RotaryAttention(nn.Module):
         k, v = self.key_value(hidden).view(rows, 2, self.num_kv_heads, self.head_dim).unbind(1)
         return rotate(q, positions, self.base), rotate(k, positions, self.base), v
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, space: UniqueSpace) -> Tensor:
-        bounds = space.cu_occurrences.tolist()
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
         pieces = []
-        for start, stop in pairwise(bounds):
+        for start, stop in pairwise(bounds.tolist()):
             if stop > start:
                 piece = [x[None, start:stop].transpose(1, 2) for x in (q, k, v)]
                 out = F.scaled_dot_product_attention(piece[0], piece[1], piece[2], is_causal=True, enable_gqa=True)
                 pieces.append(out[0].transpose(0, 1))
         return torch.cat(pieces) if pieces else q
 
-    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, space: UniqueSpace, window: int) -> Tensor:
+    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int) -> Tensor:
         count = q.shape[0]
         blocks = -(-count // window)  # a block of `window` queries sees itself and the block before
         if blocks == 0:
@@ -75,7 +84,7 @@ class RotaryAttention(nn.Module):
         k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x], 1) for x in (k, v))
         place = torch.arange(blocks * window, device=q.device).view(blocks, window)
         key = torch.cat([place - window, place], 1)
-        begin = torch.repeat_interleave(space.cu_occurrences[:-1], space.cu_occurrences.diff(), output_size=count)
+        begin = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=count)
         begin = F.pad(begin, (0, padding), value=count).view(blocks, window)
         # padded queries see themselves only, so that no row of the softmax is empty
         seen = (key[:, None] <= place[..., None]) & (key[:, None] > place[..., None] - window)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention
 from ta_plugin.models.decode_cache import LayerRows
+from ta_plugin.strategies import CausalRows, causal_over_ranks
 
 DecayKind = Literal["none", "alibi", "learned"]
 
@@ -79,6 +80,12 @@ class TokenKeyedAttention(nn.Module):
             deterministic=self.deterministic,
             backend=self.backend,
         )
+        return self.output(out.flatten(1))
+
+    def over_ranks(self, hidden: Tensor, rows: Tensor, plan: CausalRows) -> Tensor:
+        """hidden (M, dim) of this rank's pieces of a sequence and rows (U_n, token_dim) of the tokens it owns -> (M, dim). Collective."""
+        k, v = self.keys_and_values(rows, plan.owned.space.tokens)
+        out, _ = causal_over_ranks(plan, self._queries(hidden), k, v, decay=self.decay(), backend=self.backend)
         return self.output(out.flatten(1))
 
     def step(self, hidden: Tensor, rows: Tensor, cache: LayerRows) -> Tensor:

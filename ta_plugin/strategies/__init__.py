@@ -13,6 +13,7 @@ from ta_plugin.strategies.cost import (
     id_shares,
 )
 from ta_plugin.strategies.gather import gather
+from ta_plugin.strategies.halo import Halo
 from ta_plugin.strategies.owned import OwnedRows
 from ta_plugin.strategies.owner import owner
 from ta_plugin.strategies.request import AttentionModules, Request, fetch
@@ -23,6 +24,7 @@ __all__ = [
     "CausalRows",
     "Estimate",
     "Explanation",
+    "Halo",
     "Layout",
     "OwnedRows",
     "Rates",

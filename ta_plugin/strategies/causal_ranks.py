@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ta_plugin.attention.causal import causal_attention
+from ta_plugin.attention.chunks import CausalChunks
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.weighted import weighted_attention
 from ta_plugin.ops import Segments, expand, segment_logsumexp
@@ -62,6 +63,7 @@ class CausalRows:
     prefixes: one per piece of this rank
     places:   (N, P) int64, the place of every rank's pieces in the sequence
     lengths:  (N * P, B) int64, of the pieces of each sample in the order of the sequence
+    chunks:   of the reader, built once for all layers (`with_chunks`), or None
     """
 
     owned: OwnedRows
@@ -69,6 +71,7 @@ class CausalRows:
     prefixes: list[Prefix]
     places: Tensor
     lengths: Tensor
+    chunks: CausalChunks | None = None
 
     @classmethod
     def of(
@@ -117,6 +120,26 @@ class CausalRows:
             prefixes.append(Prefix(order[seen], ends[bounds.long()], counts[seen]))
         return cls(owned, Segments.from_index(index, sum(rows)), prefixes, at, lengths)
 
+    def with_chunks(self, size: int) -> CausalRows:
+        """The same plan, its pieces cut into chunks of `size`. Local to the rank; sizes may differ between ranks."""
+        return replace(self, chunks=CausalChunks.of(self.owned.reader, size))
+
+    @property
+    def tokens(self) -> Tensor:
+        """(M,) int64: the token of each occurrence of this rank's pieces, packed in the reader's order."""
+        reader = self.owned.reader
+        return reader.tokens[reader.inverse]
+
+    @property
+    def starts(self) -> Tensor:
+        """(N * P, B) int64: the position in its sample at which each piece begins, in the order of the sequence."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    def positions(self) -> Tensor:
+        """(M,) int64: the position in its sample of each occurrence of this rank's pieces."""
+        reader, mine = self.owned.reader, self.places[self.owned.group.rank]
+        return reader.positions() + self.starts[mine].reshape(-1)[reader.sample_of_occurrences()]
+
 
 def causal_over_ranks(
     plan: CausalRows,
@@ -126,7 +149,7 @@ def causal_over_ranks(
     *,
     decay: Tensor | None = None,
     scale: float | None = None,
-    chunk: int | None = None,
+    chunk: int | CausalChunks | None = None,
     deterministic: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +160,8 @@ def causal_over_ranks(
     q:     (M, H, D), a query per occurrence of the reader, packed in its order (`plan.owned.reader.pack`)
     k, v:  (U_n, Hk, D), (U_n, Hk, Dv) of the owned rows, `plan.owned.space`
     decay: (H,) per head, ALiBi slopes or learned: a score loses decay times the number of positions from key to query
-    chunk: of `causal_attention` within the piece; deterministic, backend: of both
+    chunk: of `causal_attention` within the piece; by default the plan's chunks, where it has them
+    deterministic, backend: of both
 
     Collective over the group, forward and backward. Sent per rank: (N - 1) * U_n * (D + Dv) * Hk elements each way, and with
     decay (N - 1) * U_n * P * H more.
@@ -154,7 +178,7 @@ def causal_over_ranks(
         expand(v, plan.local),
         decay=decay,
         scale=scale,
-        chunk=chunk,
+        chunk=plan.chunks if chunk is None else chunk,
         deterministic=deterministic,
         backend=backend,
         return_lse=True,

@@ -11,7 +11,10 @@ import torch.distributed as dist
 from engines import DIM, LENGTH, VOCAB, Setup, batch, build_engine, build_models, train_dense, train_engine
 from torch import Tensor, nn
 
-from ta_plugin import ShardedTokenEmbedding, TokenizedAttention
+from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention
+from ta_plugin.deepspeed.config import TokenizedAttentionConfig
+from ta_plugin.deepspeed.convert import convert
+from ta_plugin.deepspeed.ulysses import TokenizedUlyssesAttention
 from ta_plugin.embedding import SharedEmbedding
 
 
@@ -238,3 +241,47 @@ def replicas_differ() -> None:
 
 def test_replicas_start_equal(engines_on: Any) -> None:
     engines_on(2).run(replicas_differ)
+
+
+class EveryKind(nn.Module):
+    """Attention of each kind that the block reaches."""
+
+    def __init__(self, built: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, DIM)
+        self.multihead = nn.MultiheadAttention(DIM, 2, batch_first=True)
+        self.ulysses = TokenizedUlyssesAttention()
+        self.tokenized = TokenizedAttention(
+            2, LENGTH, 1, nn.Embedding(VOCAB, DIM), layout="sequence", deterministic=built
+        )
+
+    def forward(self, ids: Tensor) -> None:
+        x = self.embedding(ids)
+        self.multihead(x, x, x, need_weights=False)
+        self.ulysses(*[x.unflatten(2, (2, -1))] * 3, ids)
+        self.tokenized(ids, torch.full((2,), LENGTH))
+
+
+@pytest.mark.parametrize(
+    "written, built, expected",
+    [
+        (None, True, [True] * 3),
+        (None, False, [True, True, False]),
+        (False, True, [False] * 3),
+        (True, False, [True] * 3),
+    ],
+)
+def test_deterministic_reaches_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, written: bool | None, built: bool, expected: list[bool]
+) -> None:
+    block = TokenizedAttentionConfig(deterministic=written, modules=["multihead"], tokens="ids", layout="sequence")
+    model, alone, asked = EveryKind(built), SSPGroup(None), []
+    convert(model, block, alone, alone)
+
+    def record(q: Tensor, k: Tensor, v: Tensor, *_: Any, deterministic: bool, **__: Any) -> tuple[Tensor, Tensor]:
+        asked.append(deterministic)
+        return v.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[:2])
+
+    monkeypatch.setattr("ta_plugin.attention.scoring.weighted_attention", record)
+    model(torch.zeros(2, LENGTH, dtype=torch.int64))
+    assert asked == expected

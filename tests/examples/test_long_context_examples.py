@@ -59,3 +59,7 @@ def test_pretrain_text(tmp_path: Path) -> None:
         (first, _, before), *_, (last, _, after) = model["points"]
         assert (first, last) == (0, 20) and after < before - 0.5
     assert found["occurrences_per_distinct"] > 2
+    first, *others = found["equal_time"]
+    assert first == found["models"][0]
+    for other in others:  # about the first one's time, on whatever machine runs this
+        assert 0.2 < other["points"][-1][1] / first["points"][-1][1] < 5

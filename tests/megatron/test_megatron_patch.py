@@ -35,6 +35,8 @@ def test_arguments_reach_the_model() -> None:
     parser = add_ta_arguments(argparse.ArgumentParser())
     args = parser.parse_args(["--ta-ssp-size", "4", "--ta-row-capacity", "64", "--ta-vocab-divisible-by", "256"])
     assert args.ta_ssp_size == 4
-    assert model_options(args) == {"row_multiple": 1, "row_capacity": 64, "vocab_divisible_by": 256}
+    options = {"row_multiple": 1, "row_capacity": 64, "vocab_divisible_by": 256}
+    assert model_options(args) == options | {"deterministic": True}
+    assert model_options(parser.parse_args(["--ta-nondeterministic"]))["deterministic"] is False
     args = parser.parse_args(["--ta-row-capacity", "64", "128"])
     assert model_options(args)["row_capacity"] == [64, 128]

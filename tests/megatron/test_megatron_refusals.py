@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,6 +78,30 @@ def test_pipelines() -> None:
 def test_mixed_stack_larger_than_the_stack() -> None:
     with pytest.raises(ValueError, match=r"num_tokenized_layers is 5; .*\[0, 4\]"):
         get_mixed_block_spec(config_of(Layout()), 5)
+
+
+def repeats(deterministic: bool, mode: bool) -> list[bool]:
+    with megatron(Layout()) as groups:
+        config = config_of(Layout(), deterministic_mode=mode)
+        model = TokenizedModel(config, 64, pg_collection=groups, vocab_divisible_by=8, deterministic=deterministic)
+        asked: list[bool] = []
+
+        def record(q: torch.Tensor, *_: Any, deterministic: bool, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            asked.append(deterministic)
+            return torch.zeros_like(q), torch.zeros(q.shape[:2])
+
+        with patch("ta_plugin.attention.scoring.weighted_attention", record):
+            model(torch.tensor([[1, 2, 1, 3]]), torch.tensor([4]))
+        return asked
+
+
+@pytest.mark.parametrize(
+    "deterministic, mode, expected", [(True, False, True), (False, False, False), (False, True, True)]
+)
+def test_deterministic_reaches_the_kernel(
+    megatron_ranks: Callable[[int], RankPool], deterministic: bool, mode: bool, expected: bool
+) -> None:
+    assert megatron_ranks(1).run(repeats, deterministic, mode)[0] == [expected] * Layout().sizes.layers
 
 
 def refused(kind: str) -> str:

@@ -60,13 +60,13 @@ def losses_and_gradients(layout: Layout, every: int) -> tuple[Tensor, dict[str, 
     with megatron(layout) as groups:
         model = model_of(layout, every)
         fill(model, layout.tp)
-        tokens, labels = batch()
         positions = torch.arange(LENGTH).expand(2, -1)
         age = positions[0][:, None] - positions[0]
         mask = ((age < 0) | (age > 5))[None, None]  # Megatron would make it on "cuda", in recomputation too
-        plan = plan_causal(tokens, model.config, chunk=8)
-        losses = model(tokens, positions, mask, labels=labels, packed_seq_params=plan)
-        losses.mean().backward()
+        tokens, labels, positions = (dealt(x, layout.cp) for x in (*batch(), positions))
+        plan = plan_causal(tokens, model.config, chunk=8 // layout.cp)
+        losses = model(tokens, positions, mask if layout.cp == 1 else None, labels=labels, packed_seq_params=plan)
+        (losses.sum() / (2 * LENGTH)).backward()
         whole = {}
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
@@ -77,8 +77,92 @@ def losses_and_gradients(layout: Layout, every: int) -> tuple[Tensor, dict[str, 
                 gradient = torch.cat(pieces, parameter.partition_dim)
             elif getattr(parameter, "sequence_parallel", False):
                 torch.distributed.all_reduce(gradient, group=groups.tp)
+            if layout.cp > 1:
+                torch.distributed.all_reduce(gradient, group=groups.cp)
             whole[name] = gradient
-        return losses.detach(), whole
+        return dealt(losses.detach(), layout.cp, groups.cp), whole
+
+
+def dealt(whole: Tensor, parts: int, back: Any = None) -> Tensor:
+    """This context-parallel rank's positions of (B, L, ...), zigzag; with a group `back`, the whole from every rank's."""
+    if parts == 1:
+        return whole
+    if back is None:
+        rank = parallel_state.get_context_parallel_rank()
+        pieces = whole.chunk(2 * parts, 1)
+        return torch.cat([pieces[rank], pieces[2 * parts - 1 - rank]], 1)
+    gathered = [torch.empty_like(whole) for _ in range(parts)]
+    torch.distributed.all_gather(gathered, whole.contiguous(), group=back)
+    first, second = zip(*(x.chunk(2, 1) for x in gathered), strict=True)
+    return torch.cat([*first, *reversed(second)], 1)
+
+
+def attention_over_context() -> list[tuple[Tensor, Tensor]]:
+    """Outputs and gradients of attention modules over two context-parallel ranks, and of the same modules over whole rows."""
+    found: list[list[Tensor]] = []
+    for layout in (Layout(), Layout(cp=2)):
+        with megatron(layout) as groups:
+            cases = [
+                _attend_dealt(layout, groups, decay, packed)
+                for decay in ("none", "learned")
+                for packed in (False, True)
+            ]
+        found.append([x for case in cases for x in case])
+    return list(zip(found[1], found[0], strict=True))
+
+
+def _attend_dealt(layout: Layout, groups: Any, decay: str, packed: bool) -> list[Tensor]:
+    made = config(layout)
+    spec = get_token_keyed_layer_spec(made, VOCAB, use_transformer_engine=False, token_dim=12, decay=decay)
+    module = build_module(spec.submodules.self_attention, config=made, layer_number=1)
+    fill(module, 1)
+    tokens, _ = batch()
+    where: dict[str, Tensor] = {"lengths": torch.tensor([LENGTH, 13])}
+    if packed:
+        tokens, where = tokens[:1], {"cu_seqlens": torch.tensor([0, 6, 6, 19, LENGTH])}
+    g = torch.Generator().manual_seed(1)
+    shape = (tokens.shape[0], LENGTH, made.hidden_size)
+    hidden, weights = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
+    tokens, hidden, weights = (dealt(x, layout.cp) for x in (tokens, hidden, weights))
+    hidden.requires_grad_()
+    plan = plan_causal(tokens, made, chunk=4, **where)
+    out = module(hidden.transpose(0, 1), None, packed_seq_params=plan)[0].transpose(0, 1)
+    parameters = [x for name, x in module.named_parameters() if "linear_proj.bias" not in name]
+    own, *shared = torch.autograd.grad((out * weights).sum(), [hidden, *parameters])
+    if layout.cp > 1:
+        for gradient in shared:
+            torch.distributed.all_reduce(gradient, group=groups.cp)
+    return [dealt(x, layout.cp, groups.cp) for x in (out.detach(), own)] + shared
+
+
+def what_plans_refuse() -> list[str]:
+    """Messages on this rank of two context-parallel ones when rank 1's plan is wrong, and when a plan is of another size."""
+    messages = []
+    with megatron(Layout(cp=2)):
+        made = config(Layout(cp=2))
+        tokens = dealt(batch()[0], 2)
+        odd = tokens[:, :9]
+        second = parallel_state.get_context_parallel_rank() == 1
+        for wrong in (
+            {"tokens": odd},
+            {"lengths": torch.tensor([3, LENGTH + 1])},
+            {"cu_seqlens": torch.tensor([0, LENGTH])},
+            {"tokens": tokens[:1], "cu_seqlens": torch.tensor([0, 5])},
+            {"chunk": 0},
+        ):
+            arguments: dict[str, Any] = {"tokens": tokens} | (wrong if second else {})
+            try:
+                plan_causal(config=made, **arguments)
+            except ValueError as error:
+                messages.append(str(error))
+        spec = get_token_keyed_layer_spec(made, VOCAB, use_transformer_engine=False)
+        module = build_module(spec.submodules.self_attention, config=made, layer_number=1)
+        alone = plan_causal(tokens, config(Layout()))
+        try:
+            module(torch.zeros(LENGTH // 2, 2, made.hidden_size, dtype=torch.float64), None, packed_seq_params=alone)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 def changed_by_the_future(every: int, decay: str) -> Tensor:
@@ -125,7 +209,7 @@ def attention_against_formula(decay: str, packed: bool) -> list[tuple[Tensor, Te
         )
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5
         if decay != "none":
-            rate = module.slopes if module.log_decay is None else module.log_decay.float().exp()
+            rate = module.slopes if module.log_decay is None else module.log_decay.exp()
             scores = scores - rate.double()[:, None, None] * (place[:, None] - place)
         share = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         mixed = torch.einsum("bhij,bjhd->ibhd", share, v).flatten(2)
