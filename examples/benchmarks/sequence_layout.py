@@ -49,14 +49,14 @@ class Shape:
         return self.kv_heads * self.head_dim
 
 
-def ring_bytes(rows: int, ranks: int, shape: Shape) -> int:
+def ring_bytes(rows: int, ranks: int, shape: Shape, element: int = FLOAT) -> int:
     """Keys and values of `rows` once past every other rank, over all ranks: distinct rows for ours, positions for CP. Forward."""
-    return (ranks - 1) * rows * 2 * shape.kv_width * FLOAT
+    return (ranks - 1) * rows * 2 * shape.kv_width * element
 
 
-def ulysses_bytes(length: int, ranks: int, shape: Shape) -> int:
+def ulysses_bytes(length: int, ranks: int, shape: Shape, element: int = FLOAT) -> int:
     """All-to-alls of q, k, v and the output, of which a rank keeps 1 / N, over all ranks. Forward."""
-    return length * (ranks - 1) * (2 * shape.width + 2 * shape.kv_width) * FLOAT // ranks
+    return length * (ranks - 1) * (2 * shape.width + 2 * shape.kv_width) * element // ranks
 
 
 def standard_library_tokens(count: int) -> Tensor:
