@@ -23,6 +23,7 @@ from ta_plugin.row_optimizers import SGD, Adagrad
 
 WORLD = at_most(4)
 SIZES = [size for size in (1, 2, 4) if size <= WORLD]  # of SSP groups
+PART = SIZES[-2:][0]  # not all ranks, where there are several
 VOCAB, DIM, BATCH, LENGTH, TARGETS = 23, 8, 3, 7, 2
 ROW_RATE, DENSE_RATE, SGD_RATE = 0.1, 1e-2, 0.05
 
@@ -45,7 +46,7 @@ class Setup:
     """One engine to build, and how to train it."""
 
     stage: int = 0
-    size: int | None = 2
+    size: int | None = min(2, WORLD)
     strategy: str = "owner"
     clip: float = 0.0
     accumulate: int = 1

@@ -58,14 +58,14 @@ def test_with_clipping_and_accumulation(engines_on: Any, stage: int, size: int) 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_have_the_dense_models_scale(engines_on: Any, stage: int) -> None:
-    engines_on(WORLD).run(equals_dense, Setup(stage=stage, size=2, accumulate=2, sgd=True))
+    engines_on(WORLD).run(equals_dense, Setup(stage=stage, accumulate=2, sgd=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_the_optimizer_offloaded(engines_on: Any, stage: int) -> None:
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
     more = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
-    engines_on(WORLD).run(equals_dense, Setup(stage=stage, size=2, clip=0.5, accumulate=2, sgd=True, more=more))
+    engines_on(WORLD).run(equals_dense, Setup(stage=stage, clip=0.5, accumulate=2, sgd=True, more=more))
 
 
 def norm_counts_rows(setup: Setup) -> None:
@@ -162,7 +162,7 @@ def fp16_on_any_cpu() -> Iterator[None]:
 def trains_in_fp16(stage: int, scaling: dict[str, Any], overflow_at: int) -> None:
     """Steps that overflow skip the rows too, and what is applied follows the dense model."""
     fp16 = {"fp16": {"enabled": True, **scaling}}
-    setup = Setup(stage=stage, clip=0.3, sgd=True, size=2, more=fp16)
+    setup = Setup(stage=stage, clip=0.3, sgd=True, more=fp16)
     model, dense = build_models(sgd=True)
     table, references = model.attention.embedding_fn, dense_optimizers(dense, sgd=True)
     losses, expected, skipped = [], [], 0

@@ -14,6 +14,7 @@ from ranks import ON_GPUS, RankPool
 STEPS, FAR = 6, 0.02  # bfloat16 keeps 8 bits of a weight: losses near 4 differ by some thousandths
 SIZES = Sizes(hidden=128, heads=2, groups=1)  # head_dim 64, which kernels take
 LAYOUTS = {
+    "one": (1, Layout(distributed_optimizer=True)),
     "tp2-sp": (2, Layout(tp=2, sequence_parallel=True, distributed_optimizer=True)),
     "pp2": (2, Layout(pp=2)),
     "ssp2-distributed-overlap": (2, Layout(ssp=2, distributed_optimizer=True, overlap=True)),
