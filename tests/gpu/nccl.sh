@@ -2,17 +2,18 @@
 # What the gloo ranks of the tests do, done under NCCL: a GPU per rank, on two GPUs or more (tests for four say that they skip on two).
 #   tests/gpu/nccl.sh ["core megatron deepspeed"]     PYTHON names the interpreter; the parts run side by side and are reported in order.
 # Needs pytest, hypothesis and the hosts; operators that are not built are compiled on first use.
-set -uo pipefail
+set -uom pipefail  # with job control, what runs in the background can be interrupted and then says how far it came
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3} only=${1:-core megatron deepspeed} limit=${LIMIT_S:-600}
 logs=$(mktemp -d)
+[ "$("$python" -c "import torch; print(torch.cuda.device_count())")" -gt 0 ] || { echo "no GPU that torch sees" >&2; exit 2; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2 TA_TEST_DEVICES=cuda
 declare -A started
 part() {  # part NAME PYTEST-ARGUMENTS...
   local name=$1
   shift
   [[ " $only " == *" $name "* ]] || return
-  timeout -k 5 "$limit" "$python" -m pytest -q -rs -p no:cacheprovider --durations 5 "$@" >"$logs/$name" 2>&1 &
+  timeout -s INT -k 5 "$limit" "$python" -m pytest -v -rs -p no:cacheprovider --durations 5 "$@" >"$logs/$name" 2>&1 &
   started[$name]=$!
 }
 
