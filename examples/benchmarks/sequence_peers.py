@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from sent_bytes import SentBytes, nvlink_bytes
-from sequence_layout import Shape, ring_bytes, standard_library_tokens, ulysses_bytes
+from sequence_layout import Shape, ring_bytes, standard_library_tokens, start_ranks, ulysses_bytes
 from torch import Tensor
 
 from ta_plugin import SSPGroup, UniqueSpace
@@ -236,8 +235,6 @@ def all_reduced(value: float, device: torch.device, op: Any = dist.ReduceOp.SUM)
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds on this rank, which starts together with the others."""
-    import time
-
     dist.barrier()
     if device.type != "cuda":
         begun = time.perf_counter()
@@ -390,10 +387,7 @@ def main() -> None:
     args = parser.parse_args()
     args.causal = [bool(c) for c in args.causal]
     args.flash4 = torch.cuda.is_available() and find_spec("flash_attn") is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, args), nprocs=args.ranks)
+    start_ranks(work, args)
 
 
 if __name__ == "__main__":
