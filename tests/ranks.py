@@ -1,7 +1,11 @@
-"""A pool of gloo ranks that outlives one test: importing torch costs seconds, running a function on the pool milliseconds."""
+"""A pool of ranks that outlives one test: importing torch costs seconds, running a function on the pool milliseconds.
+
+Ranks are processes in a gloo group on the CPU or, with TA_TEST_DEVICES=cuda, in an NCCL group with a GPU each.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -13,11 +17,23 @@ from typing import Any
 
 TIMEOUT_S = 120  # a test that hangs fails within this time
 START_S = 180  # importing torch on a busy machine
+ON_GPUS = os.environ.get("TA_TEST_DEVICES") == "cuda"
 MANY_GROUPS = 40  # each keeps a gloo thread that wakes a hundred times a second; hosts never destroy theirs
 
 
+def at_most(ranks: int) -> int:
+    """`ranks`, or as many as there are GPUs when the ranks' tensors live there."""
+    return min(ranks, _gpus()) if ON_GPUS else ranks
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 class RankPool:
-    """`size` processes in one gloo group. `run(fn, *args)` calls fn(*args) on each and returns their results in rank order."""
+    """`size` processes in one group. `run(fn, *args)` calls fn(*args) on each and returns their results in rank order."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -25,6 +41,10 @@ class RankPool:
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """fn must be importable (module level) and its arguments picklable. Raises the first rank's failure as an AssertionError."""
+        if at_most(self.size) < self.size:
+            import pytest
+
+            pytest.skip(f"needs {self.size} GPUs")
         if not self._workers:
             self._start()
         outcomes = self._ask(fn, args, TIMEOUT_S)
@@ -86,15 +106,32 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S))
+    landing: Any = contextlib.nullcontext()
+    if ON_GPUS:
+        from on_device import OnDevice
+
+        torch.cuda.set_device(rank)
+        landing = OnDevice(torch.device("cuda", rank))
+    dist.init_process_group(
+        "nccl" if ON_GPUS else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
+    )
     while True:
         try:
             fn, args = pipe.recv()
         except EOFError:
             return
         try:
-            result = fn(*args)
-            outcome = (True, (result, len(dist.distributed_c10d._world.pg_map)))
+            with landing:
+                result = fn(*args)
+            outcome = (True, (_on_cpu(result), len(dist.distributed_c10d._world.pg_map)))
         except BaseException:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)
+
+
+def _on_cpu(result: Any) -> Any:
+    """A pipe would hand a GPU's memory to the other process, which must then outlive this one."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, result)

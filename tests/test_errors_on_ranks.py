@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import at_most
 from torch import nn
 
 from ta_plugin import TokenizedAttention, create_ssp_group
 
-RANKS, CULPRIT = 4, 2
+RANKS = at_most(4)
+CULPRIT = RANKS // 2
+WHO = f"rank {CULPRIT} of {RANKS}: "
 BATCH, LENGTH, TARGETS, VOCAB, EMBED, HEADS = 2, 5, 3, 50, 8, 2
 LIMIT_S = 10
 
@@ -65,27 +68,31 @@ def spoil(batch: dict[str, Any], change: str) -> None:
 
 
 MESSAGES = {  # argument, value and remedy
-    "negative id": ["rank 2 of 4: ", "tokens[1, 2] is -4", "exclude padding with lengths"],
-    "large id": ["rank 2 of 4: ", "tokens[0, 4] is 50", "vocab_size is 50", "must lie below it"],
-    "negative target": ["rank 2 of 4: ", "targets[1, 0] is -1", "ids are 0 or larger"],
-    "long length": ["rank 2 of 4: ", "lengths[1] is 6", "must lie in [0, 5]"],
-    "negative length": ["rank 2 of 4: ", "lengths[0] is -1", "must lie in [0, 5]"],
-    "int32 tokens": ["rank 2 of 4: ", "tokens is torch.int32", "`tokens.long()`"],
-    "int32 lengths": ["rank 2 of 4: ", "lengths is torch.int32", "pass int64"],
-    "another B": ["rank 2 of 4: ", "tokens has shape (1, 5)", "(2, 5)", "samples of length 0"],
-    "another L": ["rank 2 of 4: ", "tokens has shape (2, 4)", "(2, 5)"],
-    "another B of targets": ["rank 2 of 4: ", "targets are for 1 samples, tokens for 2", "one row per sample"],
-    "no bias": ["bias differs between rank 0 and rank 2", "pass the same on every rank"],
-    "no targets": ["targets differs between rank 0 and rank 2", "pass the same on every rank"],
-    "one more argument": ["value_term differs between rank 0 and rank 2", "pass the same on every rank"],
-    "bias per head": ["bias differs between rank 0 and rank 2", "width"],
-    "bias of another dtype": ["bias differs between rank 0 and rank 2", "dtype"],
-    "bias that learns": ["bias differs between rank 0 and rank 2", "requires_grad"],
-    "bias of another shape": ["rank 2 of 4: ", "bias is torch.float32 of shape (2, 6)", "pass floating"],
-    "no gradients": ["parameters that train differ between rank 0 and rank 2", "torch.no_grad()", "freeze the same"],
-    "no tensor": ["rank 2 of 4: "],
-    "cutoffs without targets": ["rank 2 of 4: ", "target_cutoffs is given without targets", "pass targets"],
-    "multiplier under softmax": ["rank 2 of 4: ", "multiplier is given with normaliser='softmax'", "as bias"],
+    "negative id": [WHO, "tokens[1, 2] is -4", "exclude padding with lengths"],
+    "large id": [WHO, "tokens[0, 4] is 50", "vocab_size is 50", "must lie below it"],
+    "negative target": [WHO, "targets[1, 0] is -1", "ids are 0 or larger"],
+    "long length": [WHO, "lengths[1] is 6", "must lie in [0, 5]"],
+    "negative length": [WHO, "lengths[0] is -1", "must lie in [0, 5]"],
+    "int32 tokens": [WHO, "tokens is torch.int32", "`tokens.long()`"],
+    "int32 lengths": [WHO, "lengths is torch.int32", "pass int64"],
+    "another B": [WHO, "tokens has shape (1, 5)", "(2, 5)", "samples of length 0"],
+    "another L": [WHO, "tokens has shape (2, 4)", "(2, 5)"],
+    "another B of targets": [WHO, "targets are for 1 samples, tokens for 2", "one row per sample"],
+    "no bias": [f"bias differs between rank 0 and rank {CULPRIT}", "pass the same on every rank"],
+    "no targets": [f"targets differs between rank 0 and rank {CULPRIT}", "pass the same on every rank"],
+    "one more argument": [f"value_term differs between rank 0 and rank {CULPRIT}", "pass the same on every rank"],
+    "bias per head": [f"bias differs between rank 0 and rank {CULPRIT}", "width"],
+    "bias of another dtype": [f"bias differs between rank 0 and rank {CULPRIT}", "dtype"],
+    "bias that learns": [f"bias differs between rank 0 and rank {CULPRIT}", "requires_grad"],
+    "bias of another shape": [WHO, "bias is torch.float32 of shape (2, 6)", "pass floating"],
+    "no gradients": [
+        f"parameters that train differ between rank 0 and rank {CULPRIT}",
+        "torch.no_grad()",
+        "freeze the same",
+    ],
+    "no tensor": [WHO],
+    "cutoffs without targets": [WHO, "target_cutoffs is given without targets", "pass targets"],
+    "multiplier under softmax": [WHO, "multiplier is given with normaliser='softmax'", "as bias"],
 }
 
 
@@ -131,8 +138,8 @@ def bad_construction(change: dict[str, Any]) -> str:
 
 
 def wrong_size_everywhere() -> str:
-    group = create_ssp_group(2)
-    message = failure_of(lambda: TokenizedAttention(BATCH, LENGTH, 4, nn.Embedding(VOCAB, EMBED), group=group))
+    group = create_ssp_group(RANKS // 2)
+    message = failure_of(lambda: TokenizedAttention(BATCH, LENGTH, RANKS, nn.Embedding(VOCAB, EMBED), group=group))
     return message
 
 
@@ -199,17 +206,17 @@ def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy:
 @pytest.mark.parametrize(
     ("change", "fragments"),
     [
-        ({"nranks": 2}, ["rank 2 of 4: ", "nranks is 2, but the group has 4 rank(s)", "pass nranks=4"]),
-        ({"batch_size": 3}, ["batch_size is 2 on rank 0 but 3 on rank 2", "pass the same"]),
-        ({"sequence_length": 9}, ["sequence_length is 5 on rank 0 but 9 on rank 2", "pass the same"]),
-        ({"num_heads": 4}, ["num_heads is 1 on rank 0 but 4 on rank 2", "pass the same"]),
-        ({"vocab_size": 9}, ["vocab_size is 50 on rank 0 but 9 on rank 2", "pass the same"]),
-        ({"strategy": "owner"}, ["strategy is auto on rank 0 but owner on rank 2", "pass the same"]),
-        ({"strategy": "ring"}, ["rank 2 of 4: ", "strategy is 'ring' in layout 'sample'", "choose one of"]),
-        ({"layout": "sequence"}, ["layout is sample on rank 0 but sequence on rank 2", "pass the same"]),
-        ({"layout": "stripes"}, ["rank 2 of 4: ", "layout is 'stripes'", "choose one of"]),
+        ({"nranks": 7}, [WHO, f"nranks is 7, but the group has {RANKS} rank(s)", f"pass nranks={RANKS}"]),
+        ({"batch_size": 3}, [f"batch_size is 2 on rank 0 but 3 on rank {CULPRIT}", "pass the same"]),
+        ({"sequence_length": 9}, [f"sequence_length is 5 on rank 0 but 9 on rank {CULPRIT}", "pass the same"]),
+        ({"num_heads": 4}, [f"num_heads is 1 on rank 0 but 4 on rank {CULPRIT}", "pass the same"]),
+        ({"vocab_size": 9}, [f"vocab_size is 50 on rank 0 but 9 on rank {CULPRIT}", "pass the same"]),
+        ({"strategy": "owner"}, [f"strategy is auto on rank 0 but owner on rank {CULPRIT}", "pass the same"]),
+        ({"strategy": "ring"}, [WHO, "strategy is 'ring' in layout 'sample'", "choose one of"]),
+        ({"layout": "sequence"}, [f"layout is sample on rank 0 but sequence on rank {CULPRIT}", "pass the same"]),
+        ({"layout": "stripes"}, [WHO, "layout is 'stripes'", "choose one of"]),
         ({"layout": "sequence", "strategy": "gather"}, ["strategy is 'gather' in layout 'sequence'", "'ring'"]),
-        ({"num_heads": 2, "num_kv_heads": 3}, ["rank 2 of 4: ", "num_kv_heads is 3", "does not divide"]),
+        ({"num_heads": 2, "num_kv_heads": 3}, [WHO, "num_kv_heads is 3", "does not divide"]),
     ],
 )
 def test_sizes_that_differ_at_construction_raise_on_every_rank(
@@ -222,14 +229,15 @@ def test_sizes_that_differ_at_construction_raise_on_every_rank(
 
 def test_a_group_of_another_size_is_refused(rank_pools: Any) -> None:
     for message in rank_pools(RANKS).run(wrong_size_everywhere):
-        assert "nranks is 4, but the group has 2 rank(s); pass nranks=2" in message
+        half = RANKS // 2
+        assert f"nranks is {RANKS}, but the group has {half} rank(s); pass nranks={half}" in message
 
 
 @pytest.mark.parametrize("name", ["projections", "output", "embedding_fn"])
 def test_parameters_frozen_on_one_rank_raise_on_every_rank(rank_pools: Any, name: str) -> None:
     messages = rank_pools(RANKS).run(frozen_on_one_rank, name)
     assert len(set(messages)) == 1
-    assert "parameters that train differ between rank 0 and rank 2" in messages[0]
+    assert f"parameters that train differ between rank 0 and rank {CULPRIT}" in messages[0]
 
 
 def test_who_waits_in_vain_says_for_what(rank_pools: Any) -> None:
@@ -244,11 +252,11 @@ def test_who_waits_in_vain_says_for_what(rank_pools: Any) -> None:
 def test_bad_ids_to_embed_raise_on_every_rank(rank_pools: Any) -> None:
     messages = rank_pools(RANKS).run(bad_embed)
     assert len(set(messages)) == 1
-    assert messages[0].startswith("rank 2 of 4: ids[0, 1] is -7")
+    assert messages[0].startswith(WHO + "ids[0, 1] is -7")
 
 
 def test_without_torch_distributed_several_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"nranks is 4, but the group has 1.*initialise torch.distributed"):
+    with pytest.raises(ValueError, match=rf"nranks is {RANKS}, but the group has 1.*initialise torch.distributed"):
         attention("gather")
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,14 +50,14 @@ class Shape:
         return self.kv_heads * self.head_dim
 
 
-def ring_bytes(rows: int, ranks: int, shape: Shape) -> int:
+def ring_bytes(rows: int, ranks: int, shape: Shape, element: int = FLOAT) -> int:
     """Keys and values of `rows` once past every other rank, over all ranks: distinct rows for ours, positions for CP. Forward."""
-    return (ranks - 1) * rows * 2 * shape.kv_width * FLOAT
+    return (ranks - 1) * rows * 2 * shape.kv_width * element
 
 
-def ulysses_bytes(length: int, ranks: int, shape: Shape) -> int:
+def ulysses_bytes(length: int, ranks: int, shape: Shape, element: int = FLOAT) -> int:
     """All-to-alls of q, k, v and the output, of which a rank keeps 1 / N, over all ranks. Forward."""
-    return length * (ranks - 1) * (2 * shape.width + 2 * shape.kv_width) * FLOAT // ranks
+    return length * (ranks - 1) * (2 * shape.width + 2 * shape.kv_width) * element // ranks
 
 
 def standard_library_tokens(count: int) -> Tensor:
@@ -160,6 +161,14 @@ def plot(results: list[list[int]], shape: Shape, args: argparse.Namespace) -> No
     figure.savefig(args.plot, dpi=150)
 
 
+def start_ranks(work: Callable[[int, int, argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """work(rank, port, args) in `args.ranks` processes, which meet at a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(port, args), nprocs=args.ranks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
@@ -171,11 +180,7 @@ def main() -> None:
         "--circulate", action=argparse.BooleanOptionalAction, default=True, help="or gather keys at once"
     )
     parser.add_argument("--plot", type=Path, help="a PNG to write (needs matplotlib)")
-    args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, args), nprocs=args.ranks)
+    start_ranks(work, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from ranks import ON_GPUS, at_most
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if ON_GPUS else "cpu")
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 from ta_plugin import ShardedTokenEmbedding, TokenizedAttention
 from ta_plugin.row_optimizers import SGD, Adagrad
 
+WORLD = at_most(4)
+SIZES = [size for size in (1, 2, 4) if size <= WORLD]  # of SSP groups
+PART = SIZES[-2:][0]  # not all ranks, where there are several
 VOCAB, DIM, BATCH, LENGTH, TARGETS = 23, 8, 3, 7, 2
 ROW_RATE, DENSE_RATE, SGD_RATE = 0.1, 1e-2, 0.05
 
@@ -33,7 +38,7 @@ def start_deepspeed() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed("gloo", dist_init_required=False)
+    deepspeed.init_distributed("nccl" if ON_GPUS else "gloo", dist_init_required=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Setup:
     """One engine to build, and how to train it."""
 
     stage: int = 0
-    size: int | None = 2
+    size: int | None = min(2, WORLD)
     strategy: str = "owner"
     clip: float = 0.0
     accumulate: int = 1

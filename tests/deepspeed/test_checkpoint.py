@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from engines import (
     DENSE_RATE,
+    PART,
+    WORLD,
     Setup,
     build_engine,
     build_models,
@@ -51,10 +53,10 @@ def resumes(folder: str, setup: Setup, size: int) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("sizes", [(4, 2), (1, 4), (2, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(WORLD, PART), (1, WORLD), (PART, 1)], ids=str)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumes_in_another_ssp_size(engines_on: Any, tmp_path: Path, stage: int, sizes: tuple[int, int]) -> None:
-    engines_on(4).run(resumes, str(tmp_path), Setup(stage=stage, size=sizes[0], steps=3, clip=0.3), sizes[1])
+    engines_on(WORLD).run(resumes, str(tmp_path), Setup(stage=stage, size=sizes[0], steps=3, clip=0.3), sizes[1])
 
 
 def save_after(folder: str, setup: Setup) -> list[float]:

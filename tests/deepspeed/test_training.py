@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import (
+    SIZES,
+    WORLD,
     Model,
     Setup,
     batch,
@@ -40,28 +42,30 @@ def equals_dense(setup: Setup) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_losses_equal_the_dense_models(engines_on: Any, stage: int, size: int) -> None:
-    engines_on(4).run(equals_dense, Setup(stage=stage, size=size))
+    engines_on(WORLD).run(equals_dense, Setup(stage=stage, size=size))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_with_clipping_and_accumulation(engines_on: Any, stage: int, size: int) -> None:
-    engines_on(4).run(equals_dense, Setup(stage=stage, size=size, clip=0.5, accumulate=2, strategy="gather", sgd=True))
+    engines_on(WORLD).run(
+        equals_dense, Setup(stage=stage, size=size, clip=0.5, accumulate=2, strategy="gather", sgd=True)
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_have_the_dense_models_scale(engines_on: Any, stage: int) -> None:
-    engines_on(4).run(equals_dense, Setup(stage=stage, size=2, accumulate=2, sgd=True))
+    engines_on(WORLD).run(equals_dense, Setup(stage=stage, accumulate=2, sgd=True))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_the_optimizer_offloaded(engines_on: Any, stage: int) -> None:
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
     more = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
-    engines_on(4).run(equals_dense, Setup(stage=stage, size=2, clip=0.5, accumulate=2, sgd=True, more=more))
+    engines_on(WORLD).run(equals_dense, Setup(stage=stage, clip=0.5, accumulate=2, sgd=True, more=more))
 
 
 def norm_counts_rows(setup: Setup) -> None:
@@ -79,7 +83,7 @@ def norm_counts_rows(setup: Setup) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_the_engines_norm_is_the_dense_models(engines_on: Any, stage: int) -> None:
-    engines_on(4).run(norm_counts_rows, Setup(stage=stage, clip=1e3, steps=1))
+    engines_on(WORLD).run(norm_counts_rows, Setup(stage=stage, clip=1e3, steps=1))
 
 
 def trains_in_bf16(setup: Setup) -> None:
@@ -96,7 +100,7 @@ def trains_in_bf16(setup: Setup) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_follows_the_dense_model(engines_on: Any, stage: int) -> None:
-    engines_on(4).run(trains_in_bf16, Setup(stage=stage, bf16=True, clip=0.5))
+    engines_on(WORLD).run(trains_in_bf16, Setup(stage=stage, bf16=True, clip=0.5))
 
 
 def bf16_with_fp32_accumulation() -> None:
@@ -113,7 +117,7 @@ def bf16_with_fp32_accumulation() -> None:
 
 
 def test_bf16_with_fp32_accumulation(engines_on: Any) -> None:
-    engines_on(4).run(bf16_with_fp32_accumulation)
+    engines_on(WORLD).run(bf16_with_fp32_accumulation)
 
 
 def skips_with_the_engine(stage: int) -> None:
@@ -139,7 +143,7 @@ def skips_with_the_engine(stage: int) -> None:
 
 
 def test_a_skipped_step_skips_the_rows(engines_on: Any) -> None:
-    engines_on(4).run(skips_with_the_engine, 3)  # the stage that checks for overflow in float32 too
+    engines_on(WORLD).run(skips_with_the_engine, 3)  # the stage that checks for overflow in float32 too
 
 
 @contextlib.contextmanager
@@ -158,7 +162,7 @@ def fp16_on_any_cpu() -> Iterator[None]:
 def trains_in_fp16(stage: int, scaling: dict[str, Any], overflow_at: int) -> None:
     """Steps that overflow skip the rows too, and what is applied follows the dense model."""
     fp16 = {"fp16": {"enabled": True, **scaling}}
-    setup = Setup(stage=stage, clip=0.3, sgd=True, size=2, more=fp16)
+    setup = Setup(stage=stage, clip=0.3, sgd=True, more=fp16)
     model, dense = build_models(sgd=True)
     table, references = model.attention.embedding_fn, dense_optimizers(dense, sgd=True)
     losses, expected, skipped = [], [], 0
@@ -249,4 +253,4 @@ def embedding_is_sharded(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_an_embedding_is_sharded(engines_on: Any, stage: int) -> None:
-    engines_on(4).run(embedding_is_sharded, stage)
+    engines_on(WORLD).run(embedding_is_sharded, stage)

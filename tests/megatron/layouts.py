@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from ranks import ON_GPUS
 
 from ta_plugin.megatron import TokenizedModel, create_ssp_groups, get_mixed_block_spec, loss_function
 from ta_plugin.megatron.checkpoint import load_checkpoint, save_checkpoint
@@ -108,7 +109,7 @@ class Run:
 @contextmanager
 def megatron(layout: Layout) -> Iterator[ProcessGroupCollection]:
     """Model-parallel groups with SSP attached, on CPU; taken down afterwards."""
-    with cuda_on_cpu():
+    with nullcontext() if ON_GPUS else cuda_on_cpu():
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
@@ -194,6 +195,7 @@ def build(layout: Layout, groups: ProcessGroupCollection) -> Run:
             layout="sample" if layout.chunks is None else "sequence",
         )
         fill(model, layout)
+        model.cuda()  # the CPU stand-in leaves it where it is
         chunks.append(Float16Module(config, model) if layout.bf16 else model)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=layout.distributed_optimizer,
