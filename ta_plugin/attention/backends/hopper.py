@@ -91,7 +91,7 @@ def _causal_runs(
 ) -> tuple[Tensor, Tensor]:
     """Ascending runs, causal: queries and keys lie alike, so a run's own keys are where its queries are."""
     device = q.device
-    starts, samples, chunks = (torch.tensor(x, device=device) for x in ([*runs.bounds], runs.samples, runs.chunks))
+    starts, samples, chunks = (torch.tensor(x, device=device) for x in (runs.bounds, runs.samples, runs.chunks))
     before = starts[:-1] - cu_seqlens.long()[samples]  # keys of its sample before each run
     length = starts.diff()
     # the weights of a run's own keys are its row's: one weight per key
@@ -103,7 +103,7 @@ def _causal_runs(
         hidden = place >= k_visible[row]
         own = torch.zeros(q.shape[0], device=device) if own is None else own
         own = own.masked_fill(hidden if own.dim() == 1 else hidden[:, None], -torch.inf)
-    options = {"scale": scale, "deterministic": deterministic}
+    options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
     inside = hopper_attention(kernels, q, k, v, own, starts.int(), starts.int(), causal=True, **options)
     if len(set(runs.samples)) == len(runs.samples):  # nothing lies before any run
         return inside
