@@ -113,6 +113,20 @@ def test_hopper_causal_against_float64() -> None:
 
 
 @needs_hopper
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_hopper_with_shared_rows_of_weights_and_causal_runs_against_float64(prefix: bool, causal: bool) -> None:
+    lens = [300, 0, 70, 129]
+    (q, k, v, _), cu_q, _ = packed(torch.bfloat16, False, lens, lens)
+    chunk = torch.arange(q.shape[0], device="cuda") // 90 % 3  # rows 0, 1, 2, 0, ..: some runs end with a sample
+    w = torch.randn(3, k.shape[0], 4, device="cuda").mul(4)
+    options: dict[str, Any] = {"q_chunk": chunk, "causal": causal}
+    if prefix:
+        options["k_visible"] = torch.tensor([0, 70, 1000], device="cuda").int()
+    assert max(errors_of("hopper", [q, k.nan_to_num(), v.nan_to_num(), w], (cu_q, cu_q), **options)) < 1e-2
+
+
+@needs_hopper
 def test_hopper_is_chosen_and_repeats() -> None:
     inputs, cu_q, cu_k = packed(torch.bfloat16, False, [900, 300, 700], [900, 300, 700])
     runs = []

@@ -1,4 +1,6 @@
 // Launches the forward pass.
+#include <algorithm>
+
 #include "forward.cuh"
 #include "launch.cuh"
 
@@ -7,29 +9,39 @@ namespace {
 
 template <typename T, int kHeadDim, bool kCausal>
 struct Choice {
-  using Shape = ForwardShape<T, kHeadDim, 2, 128, 3, kCausal>;
+  using Shape = ForwardShape<T, kHeadDim, 2, 128, 3, 1, kCausal>;
 };
 template <typename T, bool kCausal>
 struct Choice<T, 64, kCausal> {
-  using Shape = ForwardShape<T, 64, 3, 128, 4, kCausal>;
+  using Shape = ForwardShape<T, 64, 3, 128, 4, 2, kCausal>;
 };
+
+// Query heads in groups, as equal as can be, whose keys and values fit L2 together.
+int heads_together(const Problem& p) {
+  constexpr int64_t kBytes = 32 << 20;
+  const int64_t bytes = int64_t(p.keys) * p.head_dim * 4;  // keys and values of a head
+  const int most = int(std::max<int64_t>(1, std::min<int64_t>(p.heads_kv, kBytes / std::max<int64_t>(1, bytes))));
+  const int groups = (p.heads_kv + most - 1) / most;
+  return (p.heads_kv + groups - 1) / groups * (p.heads / p.heads_kv);
+}
 
 template <class Shape>
 cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
   CUtensorMap map_q, map_k, map_v;
-  TA_RETURN_IF_ERROR(make_map(&map_q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
+  TA_RETURN_IF_ERROR(make_map(&map_q, p.type, p.q, p.queries, p.heads, p.head_dim, 64));
   TA_RETURN_IF_ERROR(make_map(&map_k, p.type, p.k, p.keys, p.heads_kv, p.head_dim, Shape::kKeys));
   TA_RETURN_IF_ERROR(make_map(&map_v, p.type, p.v, p.keys, p.heads_kv, p.head_dim, Shape::kKeys));
   int blocks;
   TA_RETURN_IF_ERROR(multiprocessors(&blocks));
 
   const Plan plan = Plan::at(workspace, p.chunks);
-  plan_kernel<<<1, kPlanThreads, 0, stream>>>(sequences_of(p), Shape::kQueries, plan, 1, plan);
+  plan_kernel<<<1, kPlanThreads, 0, stream>>>(sequences_of(p), Shape::kQueries, plan, 1, plan, Shape::kCausal);
   TA_RETURN_IF_ERROR(cudaGetLastError());
 
   const ForwardParameters parameters{
       plan, p.log_weight, p.weight_stride_chunk, p.weight_stride_key,  p.weight_stride_head,
-      out,  lse,          p.heads,               p.heads / p.heads_kv, p.scale};
+      out,  lse,          p.heads,               p.heads / p.heads_kv, heads_together(p),
+      p.scale};
   const auto kernel = forward_kernel<Shape>;
   const int bytes = sizeof(typename Shape::Shared);
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -19,6 +19,7 @@ struct ForwardParameters {
   void* out;
   float* lse;
   int heads, group;  // group: query heads per key head
+  int together;      // causal: heads whose tiles share a list, longest first
   float scale;
 };
 
@@ -31,7 +32,7 @@ struct alignas(16) ForwardWork {
   int key_tiles;       // how many tiles of them to walk; -1: there is no more work
 };
 
-template <typename T_, int kHeadDim_, int kConsumers_, int kKeys_, int kStages_, bool kCausal_>
+template <typename T_, int kHeadDim_, int kConsumers_, int kKeys_, int kStages_, int kQueryStages_, bool kCausal_>
 struct ForwardShape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -39,7 +40,9 @@ struct ForwardShape {
   static constexpr int kKeys = kKeys_;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kStages = kStages_;
+  static constexpr int kQueryStages = kQueryStages_;
   static constexpr bool kCausal = kCausal_;
+  static_assert(kKeys % 64 == 0);  // so the diagonal of 64 queries crosses one tile of keys
   // A sum of weights 2^x up to here is safe in T and, after summing and multiplying, in fp32.
   static constexpr float kLimit = std::is_same<T, __half>::value ? 0x1p15f : 0x1p60f;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
@@ -47,12 +50,12 @@ struct ForwardShape {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   struct Shared {
-    alignas(1024) T q[kQueries * padded_columns(kHeadDim)];
+    alignas(1024) T q[kQueryStages][kQueries * padded_columns(kHeadDim)];
     alignas(1024) T k[kStages][kKeys * padded_columns(kHeadDim)];
     alignas(1024) T v[kStages][kKeys * padded_columns(kHeadDim)];
     alignas(16) float bias[kStages][kKeys];
     Ring<kStages> ring_k, ring_v;
-    Barrier q_landed, q_free;
+    Barrier q_landed[kQueryStages][kConsumers], q_free[kQueryStages][kConsumers];
     Handover<ForwardWork> schedule;
   };
 };
@@ -132,7 +135,8 @@ __device__ __forceinline__ void forward_schedule(typename Shape::Shared& shared,
   Cursor<Handover<ForwardWork>::kStages> at;
   const int tiles = *p.plan.total * p.heads;
   for (int linear = blockIdx.x; linear < tiles; linear = gridDim.x + atomicAdd(p.plan.next, 1)) {
-    const Tile tile = find_tile(p.plan, linear, p.heads, Shape::kQueries, Shape::kCausal);
+    const Tile tile = Shape::kCausal ? find_single_tile(p.plan, linear, p.heads, p.together, Shape::kQueries)
+                                     : find_tile(p.plan, linear, p.heads, Shape::kQueries);
     const int seen = Shape::kCausal ? min(tile.other_length, tile.row + Shape::kQueries) : tile.other_length;
     shared.schedule.put(at, {tile.begin + tile.row, tile.length - tile.row, tile.row, tile.owner, tile.head,
                              tile.other_begin, tile.other_length, (seen + Shape::kKeys - 1) / Shape::kKeys});
@@ -147,8 +151,8 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
   using T = typename Shape::T;
   constexpr int kTileBytes = tile_bytes<T, Shape::kKeys, Shape::kHeadDim>();
   Cursor<Shape::kStages> at;
+  Cursor<Shape::kQueryStages> at_q;
   Cursor<Handover<ForwardWork>::kStages> next;
-  uint32_t q_phase = 0;
   for (;;) {
     const ForwardWork work = shared.schedule.template get<false>(next);
     if (work.key_tiles < 0) return;
@@ -160,10 +164,14 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
       load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.k[at.stage], map_k, &shared.ring_k.landed[at.stage], head_kv,
                                                   key);
       if (n == 0) {
-        barrier_wait(&shared.q_free, q_phase ^ 1);
-        barrier_expect(&shared.q_landed, tile_bytes<T, Shape::kQueries, Shape::kHeadDim>());
-        load_tile<T, Shape::kQueries, Shape::kHeadDim>(shared.q, map_q, &shared.q_landed, work.head, work.query);
-        q_phase ^= 1;
+        for (int i = 0; i < Shape::kConsumers; ++i) {
+          Barrier* landed = &shared.q_landed[at_q.stage][i];
+          barrier_wait(&shared.q_free[at_q.stage][i], at_q.phase ^ 1);
+          barrier_expect(landed, tile_bytes<T, 64, Shape::kHeadDim>());
+          load_tile<T, 64, Shape::kHeadDim, Shape::kQueries>(shared.q[at_q.stage] + i * 64 * kPanel, map_q, landed,
+                                                             work.head, work.query + i * 64);
+        }
+        at_q.advance();
       }
       shared.ring_v.wait_free(at);
       barrier_expect(&shared.ring_v.landed[at.stage], kTileBytes);
@@ -198,24 +206,27 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   Cursor<Shape::kStages> at;
   Cursor<Handover<ForwardWork>::kStages> next;
-  uint32_t q_phase = 0;
+  Cursor<Shape::kQueryStages> at_q;
   const float factor = p.scale * kLog2e;
-  const uint32_t q = shared_address(shared.q) + consumer * 64 * kPanelBytes;
   float scores[kKeys / 2], out[kHeadDim / 2];
   uint32_t weights[kKeys / 4];
+  const auto queries = [&] { return shared_address(shared.q[at_q.stage]) + consumer * 64 * kPanelBytes; };
   const auto multiply_keys = [&](int stage) {
-    multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[stage]), true);
+    multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, queries(), shared_address(shared.k[stage]), true);
   };
 
   for (;;) {
     const ForwardWork& work = shared.schedule.look(next);
     const int key_tiles = work.key_tiles;
     if (key_tiles < 0) break;
+    // What this warpgroup's queries see: nothing where none exists, and causally the tiles up to the diagonal, which
+    // alone needs a mask.
+    int walk = consumer * 64 < work.queries ? key_tiles : 0;
+    if constexpr (Shape::kCausal) walk = min(walk, (work.row + consumer * 64) / kKeys + 1);
     const auto mask = [&](int n) {
       if constexpr (Shape::kCausal) {
-        const int row = work.row + consumer * 64;
-        const int last = row + fragment_row() - n * kKeys;
-        if (same_in_warp((n + 1) * kKeys > row + 1)) mask_after<kKeys>(scores, last, last + 8);
+        const int last = work.row + consumer * 64 + fragment_row() - n * kKeys;
+        if (same_in_warp(n + 1 == walk)) mask_after<kKeys>(scores, last, last + 8);
       }
     };
     Softmax softmax;
@@ -225,12 +236,11 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
     if (consumer * 64 + fragment_row() >= work.queries) softmax.maximum[0] = 3e38f;
     if (consumer * 64 + fragment_row() + 8 >= work.queries) softmax.maximum[1] = 3e38f;
 
-    if (key_tiles == 0) {
+    if (key_tiles > 0) barrier_wait(&shared.q_landed[at_q.stage][consumer], at_q.phase);
+    if (walk == 0) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
     } else {
-      barrier_wait(&shared.q_landed, q_phase);
-      q_phase ^= 1;
       shared.ring_k.wait_ready(at);
       load_bias<kKeys>(scores, shared.bias[at.stage]);
       pin(scores);
@@ -244,7 +254,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       softmax.careful<kKeys>(scores, factor, rescale);
       pack_fragments<T, kKeys>(weights, scores);
 
-      for (int n = 1; n < key_tiles; ++n) {
+      for (int n = 1; n < walk; ++n) {
         const Cursor<Shape::kStages> before = at;
         at.advance();
         shared.ring_k.wait_ready(at);
@@ -258,13 +268,14 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
         wgmma_commit();
         wgmma_wait<1>();
         pin(scores);
-        mask(n);
-        if (!softmax.settled || !softmax.hopeful<kKeys>(scores, factor, Shape::kLimit)) {
-          if (softmax.settled) {
+        const bool hopeful = softmax.settled && (!Shape::kCausal || n + 1 < walk);
+        if (!hopeful || !softmax.hopeful<kKeys>(scores, factor, Shape::kLimit)) {
+          if (hopeful) {
             load_bias<kKeys>(scores, shared.bias[at.stage]);
-            multiply_rows_alone<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[at.stage]));
-            mask(n);
+            multiply_rows_alone<T, kKeys, kHeadDim, kQueries, kKeys>(scores, queries(),
+                                                                     shared_address(shared.k[at.stage]));
           }
+          mask(n);
           const bool moved = softmax.careful<kKeys>(scores, factor, rescale);
           if (moved) {
             wgmma_wait<0>();
@@ -279,16 +290,20 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
         shared.ring_v.release(before);
         pack_fragments<T, kKeys>(weights, scores);
       }
-      warp_arrive(&shared.q_free);
+      warp_arrive(&shared.q_free[at_q.stage][consumer]);
       shared.ring_v.wait_ready(at);
       pin(out), pin(weights);
       wgmma_fence();
-      multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[at.stage]), key_tiles > 1);
+      multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[at.stage]), walk > 1);
       wgmma_commit();
       wgmma_wait<0>();
       pin(out);
       shared.ring_v.release(at);
       at.advance();
+    }
+    if (key_tiles > 0) {
+      if (walk == 0) warp_arrive(&shared.q_free[at_q.stage][consumer]);
+      at_q.advance();
     }
 
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
@@ -308,6 +323,15 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
     }
     shared.schedule.done(next);
     store_fragment<T, kHeadDim>(out, inverse[0], inverse[1], address[0], address[1]);
+    // The rest of the walk is for the others. A stage is given back only once it is filled: before, the barrier still
+    // counts who gave it back the time before.
+    for (int n = walk; n < key_tiles; ++n) {
+      shared.ring_k.wait_ready(at);
+      shared.ring_k.release(at);
+      shared.ring_v.wait_ready(at);
+      shared.ring_v.release(at);
+      at.advance();
+    }
   }
 }
 
@@ -320,8 +344,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (threadIdx.x == 0) {
     shared.ring_k.init(4 * Shape::kConsumers);
     shared.ring_v.init(4 * Shape::kConsumers);
-    barrier_init(&shared.q_landed, 1);
-    barrier_init(&shared.q_free, 4 * Shape::kConsumers);
+    for (int i = 0; i < Shape::kQueryStages * Shape::kConsumers; ++i) {
+      barrier_init(&shared.q_landed[0][i], 1);
+      barrier_init(&shared.q_free[0][i], 4);
+    }
     shared.schedule.init(4 * Shape::kConsumers + 2);
     barrier_init_fence();
   }

@@ -78,12 +78,12 @@ struct Handover {
   }
 };
 
-// Loads kRows tokens of one head, panel by panel.
-template <typename T, int kRows, int kHeadDim>
+// Loads kRows tokens of one head, panel by panel; kTileRows: of the whole tile, of which these are a part.
+template <typename T, int kRows, int kHeadDim, int kTileRows = kRows>
 __device__ __forceinline__ void load_tile(T* tile, const CUtensorMap* map, Barrier* barrier, int head, int token) {
 #pragma unroll
   for (int panel = 0; panel < padded_columns(kHeadDim) / kPanel; ++panel) {
-    tma_load(tile + panel * kRows * kPanel, map, barrier, panel * kPanel, head, token);
+    tma_load(tile + panel * kTileRows * kPanel, map, barrier, panel * kPanel, head, token);
   }
 }
 

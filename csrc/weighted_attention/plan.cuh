@@ -2,7 +2,8 @@
 //
 // Tiles never cross chunks of queries or samples of keys. Each of these owns the consecutive tiles
 // first .. first + count - 1 for one head; over all heads the list is walked owner by owner, head by head, so that
-// tiles sharing keys run together and find them in L2.
+// tiles sharing keys run together and find them in L2. Where the tiles of an owner differ in cost (causal), they are
+// placed one by one instead, and over the heads the list is walked tile by tile (find_single_tile).
 #pragma once
 
 #include "ptx.cuh"
@@ -39,7 +40,7 @@ struct Sequences {
 
 struct alignas(16) TileEntry {
   int owner;        // the chunk, for tiles of queries; the sample, for tiles of keys
-  int first;        // the owner's first tile
+  int first;        // the owner's first tile; of a tile placed by itself: which of its owner's it is
   int count;        // the owner's number of tiles
   int begin;        // the owner's first row
   int length;       // the owner's number of rows
@@ -88,6 +89,18 @@ __device__ __forceinline__ Tile find_tile(const Plan& plan, int linear, int head
   return tile;
 }
 
+// The same in a list of tiles placed one by one. `together` heads at a time, so many that L2 holds their keys: all tiles
+// of the first ones, then of the next.
+__device__ __forceinline__ Tile find_single_tile(const Plan& plan, int linear, int heads, int together, int rows) {
+  const int batch = *plan.total * together;  // tiles of so many heads
+  const int first_head = linear / batch * together;
+  const int width = min(together, heads - first_head);
+  const int local = linear % batch;
+  const TileEntry entry = plan.entries[local / width];
+  return {entry.owner, first_head + local % width, entry.first * rows, entry.begin, entry.length,
+          entry.other_begin, entry.other_length};
+}
+
 // Quarter-octave class of a cost, for the counting sort.
 constexpr int kCostClasses = 128;
 __device__ __forceinline__ int cost_class(int cost) {
@@ -114,9 +127,9 @@ __device__ __forceinline__ TileEntry sample_of_keys(const Sequences& s, int b, i
 constexpr int kPlanThreads = 1024;
 
 // Block 0 plans tiles of queries, block 1 tiles of keys. The place of an owner among equally expensive ones may differ
-// between runs; no result depends on it.
+// between runs; no result depends on it. `single`: tiles of queries are placed one by one, as causal ones cost.
 static __global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const Sequences sequences, int rows_q, Plan plan_q, int rows_k, Plan plan_k) {
+    plan_kernel(const Sequences sequences, int rows_q, Plan plan_q, int rows_k, Plan plan_k, bool single = false) {
   const bool of_queries = blockIdx.x == 0;
   const int owners = of_queries ? sequences.chunks : sequences.samples;
   const Plan plan = of_queries ? plan_q : plan_k;
@@ -127,9 +140,20 @@ static __global__ void __launch_bounds__(kPlanThreads)
   __shared__ int place[kCostClasses];
   for (int c = threadIdx.x; c < kCostClasses; c += kPlanThreads) place[c] = 0;
   __syncthreads();
-  for (int b = threadIdx.x; b < owners; b += kPlanThreads) {
-    const TileEntry entry = entry_of(b);
-    atomicAdd(&place[cost_class(entry.cost)], entry.count);
+  const int lane = threadIdx.x % 32;
+  const auto class_of_single = [&](const TileEntry& entry, int t) {
+    return cost_class(min(entry.cost, (t + 1) * rows_q));
+  };
+  if (single) {
+    for (int b = threadIdx.x / 32; b < owners; b += kPlanThreads / 32) {
+      const TileEntry entry = entry_of(b);
+      for (int t = lane; t < entry.count; t += 32) atomicAdd(&place[class_of_single(entry, t)], 1);
+    }
+  } else {
+    for (int b = threadIdx.x; b < owners; b += kPlanThreads) {
+      const TileEntry entry = entry_of(b);
+      atomicAdd(&place[cost_class(entry.cost)], entry.count);
+    }
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -143,9 +167,15 @@ static __global__ void __launch_bounds__(kPlanThreads)
     *plan.next = 0;
   }
   __syncthreads();
-  const int lane = threadIdx.x % 32;
   for (int b = threadIdx.x / 32; b < owners; b += kPlanThreads / 32) {
     TileEntry entry = entry_of(b);
+    if (single) {
+      for (int t = lane; t < entry.count; t += 32) {
+        entry.first = t;
+        plan.entries[atomicAdd(&place[class_of_single(entry, t)], 1)] = entry;
+      }
+      continue;
+    }
     if (lane == 0) {
       entry.first = atomicAdd(&place[cost_class(entry.cost)], entry.count);
       plan.first[b] = entry.first;

@@ -48,6 +48,10 @@ class Runs:
         """Whether each chunk is one run, in ascending order: then a chunk belongs to one sample, its queries side by side."""
         return all(a < b for a, b in pairwise(self.chunks))
 
+    def with_own_rows(self) -> Runs:
+        """The same runs, run r with row r: of weights from which row chunks[r] was taken for it. They ascend."""
+        return Runs(self.bounds, self.samples, list(range(len(self.chunks))), len(self.chunks))
+
     @property
     def mean_length(self) -> float:
         """Queries per run."""

@@ -69,6 +69,24 @@ def test_chunks(sizes: Any, heads: Any, weight: str, absent: float, splits: Any,
     compare(call)
 
 
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(0, 6), max_size=3), heads, weights, absences, st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99)
+)  # fmt: skip
+def test_rows_shared_by_runs_and_causal_runs(
+    lengths: Any, heads: Any, weight: str, absent: float, prefix: bool, causal: bool, sorted_: bool, seed: int
+) -> None:
+    """Any query with any row of weights, and causal; `sorted_`: the rows ascend within and over samples, some of them unused."""
+    problem = Problem(
+        tuple((n, n) for n in lengths), *heads, weight, absent, 6, prefix or weight == "none", causal, seed
+    )
+    call = tensors(problem, dim=8)
+    if sorted_:
+        sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+        call["q_chunk"] = (call["q_chunk"] % 2 + 2 * sample).sort().values
+    compare(call)
+
+
 def test_values_wider_or_narrower_than_keys() -> None:
     for dim, value_dim, width in ((8, 70, 96), (80, 8, 96), (64, 64, 64)):
         call = tensors(Problem(((3, 4), (2, 6))), dim=dim)

@@ -26,6 +26,18 @@ def test_causal(dim, weights, deterministic):
     check(run(*arguments, deterministic, causal=True), reference_gradients(*arguments, causal=True), BF16)
 
 
+def test_causal_heads_in_groups():
+    """So many keys that the heads' tiles are listed head by head: each sample's results are those it has alone."""
+    lengths = [700] * 100
+    q, k, v, w, _, _ = make_inputs(lengths, lengths, 6, 3, 64, BF16, (), absent=0.1)
+    assert 2 * k.shape[0] * 64 * 4 > 32 << 20  # the keys and values of two heads: heads_together in forward.cu
+    together = kernel.forward(q, k, v, w, offsets(lengths), offsets(lengths), 0.125, causal=True)
+    for sample in (0, 57, 99):
+        own = slice(700 * sample, 700 * (sample + 1))
+        alone = kernel.forward(q[own], k[own], v[own], w[own], offsets([700]), offsets([700]), 0.125, causal=True)
+        assert all(torch.equal(a[own], b) for a, b in zip(together, alone, strict=True))
+
+
 @pytest.mark.parametrize("deterministic", [True, False], ids=["repeatable", "atomic"])
 @pytest.mark.parametrize("weights", ["none", "shared", "per_head"])
 @pytest.mark.parametrize("visible", [True, False], ids=["prefix", "all"])

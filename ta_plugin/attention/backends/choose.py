@@ -141,10 +141,8 @@ def _limit_of_hopper(machine: Machine, call: _Call) -> str | None:
         return f"runs bfloat16 and float16, not {call.dtype}"
     if padded_dim(call.head_dim, call.value_dim) is None:
         return f"needs head dims up to {HEAD_DIMS[-1]}, not {max(call.head_dim, call.value_dim)}"
-    if call.per_query_weights and call.causal:
-        return "has no causal mask inside per-query weights"
-    if call.per_query_weights and (call.runs is None or not call.runs.ascending):
-        return "needs the queries of a chunk side by side, each chunk in one sample, in ascending order"
+    if call.per_query_weights and call.runs is None:
+        return "needs to know which queries use which row of weights"
     return None
 
 

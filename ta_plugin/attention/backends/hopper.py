@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.attention.buckets import nothing_seen
+from ta_plugin.attention.merge import merge
 from ta_plugin.attention.runs import Runs
 from ta_plugin.ops.builder import LoadedExtension, load_extension
 
@@ -44,9 +45,21 @@ def hopper_attention(
     k_visible: Tensor | None = None,
     deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `weighted_attention` on `kernels`, a module with the functions of binding.cpp; `runs` must ascend."""
+    """The contract of `weighted_attention` on `kernels`, a module with the functions of binding.cpp.
+
+    Two things the kernel lacks are put together from what it has: runs that share rows of weights get a copy each (runs x keys
+    numbers), and causal runs are what lies before each of them, seen whole, and each causal onto itself.
+    """
     if runs is not None and not runs.chunks:
         return nothing_seen(q, k, v, log_weight)
+    if runs is not None and not runs.ascending:
+        rows = torch.tensor(runs.chunks, device=q.device)
+        log_weight, k_visible = (None if x is None else x[rows] for x in (log_weight, k_visible))
+        runs = runs.with_own_rows()
+    if runs is not None and causal:
+        return _causal_runs(
+            kernels, q, k, v, log_weight, cu_seqlens_q, scale=scale, runs=runs, k_visible=k_visible, deterministic=deterministic
+        )  # fmt: skip
     value_dim = v.shape[2]
     width = padded_dim(q.shape[2], value_dim)
     if width is None:
@@ -61,6 +74,45 @@ def hopper_attention(
     call = _Call.of(cu_seqlens_q, cu_seqlens_k, scale, causal, runs, k_visible)
     out, lse = _Hopper.apply(kernels, q, k, v, log_weight, call, deterministic)
     return (out if value_dim == width else out[..., :value_dim]), lse
+
+
+def _causal_runs(
+    kernels: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_weight: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    runs: Runs,
+    k_visible: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Ascending runs, causal: queries and keys lie alike, so a run's own keys are where its queries are."""
+    device = q.device
+    starts, samples, chunks = (torch.tensor(x, device=device) for x in (runs.bounds, runs.samples, runs.chunks))
+    before = starts[:-1] - cu_seqlens.long()[samples]  # keys of its sample before each run
+    length = starts.diff()
+    # the weights of a run's own keys are its row's: one weight per key
+    key = torch.arange(q.shape[0], device=device)
+    row = chunks.repeat_interleave(length, output_size=q.shape[0])
+    own = None if log_weight is None else log_weight[row, key]
+    if k_visible is not None:
+        place = key - (starts[:-1] - before).repeat_interleave(length, output_size=q.shape[0])
+        hidden = place >= k_visible[row]
+        own = torch.zeros(q.shape[0], device=device) if own is None else own
+        own = own.masked_fill(hidden if own.dim() == 1 else hidden[:, None], -torch.inf)
+    options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
+    inside = hopper_attention(kernels, q, k, v, own, starts.int(), starts.int(), causal=True, **options)
+    if len(set(runs.samples)) == len(runs.samples):  # nothing lies before any run
+        return inside
+    seen = torch.zeros(runs.num_chunks, dtype=torch.long, device=device).index_copy(0, chunks, before)
+    seen = seen if k_visible is None else torch.minimum(seen, k_visible)
+    prefix = hopper_attention(
+        kernels, q, k, v, log_weight, cu_seqlens, cu_seqlens, runs=runs, k_visible=seen, **options
+    )
+    return merge(torch.stack([prefix[0], inside[0]]), torch.stack([prefix[1], inside[1]]))
 
 
 @dataclass(frozen=True)
