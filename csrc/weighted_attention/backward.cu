@@ -54,16 +54,23 @@ cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w
   CUtensorMap q, dout;
   TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
   TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
-  const BackwardParameters parameters{sequences_of(p),     w.keys,
-                                      w.rows,              p.log_weight,
+  const BackwardParameters parameters{sequences_of(p),       w.keys,
+                                      w.rows,                p.log_weight,
                                       p.weight_stride_chunk, p.weight_stride_key,
-                                      p.weight_stride_head, g.dk,
-                                      g.dv,                g.dlog_weight,
-                                      p.keys,              p.heads,
-                                      p.heads_kv,          p.scale,
-                                      p.causal};
+                                      p.weight_stride_head,  g.dk,
+                                      g.dv,                  g.dlog_weight,
+                                      p.keys,                p.heads,
+                                      p.heads_kv,            p.scale};
   const int blocks = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
   return launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters);
+}
+
+template <typename T, int kHeadDim, bool kAccumulateDq, bool kCausal>
+cudaError_t launch_keys_for(const Problem& p, const Gradients& g, const Workspace& w, const CUtensorMap& k,
+                            const CUtensorMap& v, cudaStream_t stream) {
+  return g.dlog_weight != nullptr
+             ? launch_keys<BackwardShape<T, kHeadDim, kAccumulateDq, true, kCausal>>(p, g, w, k, v, stream)
+             : launch_keys<BackwardShape<T, kHeadDim, kAccumulateDq, false, kCausal>>(p, g, w, k, v, stream);
 }
 
 template <typename T, int kHeadDim>
@@ -84,17 +91,12 @@ cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStrea
   CUtensorMap k, v;
   TA_RETURN_IF_ERROR(make_map(&k, p.type, p.k, p.keys, p.heads_kv, p.head_dim, kKeyTile));
   TA_RETURN_IF_ERROR(make_map(&v, p.type, p.v, p.keys, p.heads_kv, p.head_dim, kKeyTile));
-  const bool weights = g.dlog_weight != nullptr;
   if (p.keys > 0) {
-    if (g.deterministic) {
-      TA_RETURN_IF_ERROR(
-          weights ? (launch_keys<BackwardShape<T, kHeadDim, false, true>>(p, g, w, k, v, stream))
-                  : (launch_keys<BackwardShape<T, kHeadDim, false, false>>(p, g, w, k, v, stream)));
-    } else {
-      TA_RETURN_IF_ERROR(
-          weights ? (launch_keys<BackwardShape<T, kHeadDim, true, true>>(p, g, w, k, v, stream))
-                  : (launch_keys<BackwardShape<T, kHeadDim, true, false>>(p, g, w, k, v, stream)));
-    }
+    const auto keys = p.causal ? (g.deterministic ? launch_keys_for<T, kHeadDim, false, true>
+                                                  : launch_keys_for<T, kHeadDim, true, true>)
+                               : (g.deterministic ? launch_keys_for<T, kHeadDim, false, false>
+                                                  : launch_keys_for<T, kHeadDim, true, false>);
+    TA_RETURN_IF_ERROR(keys(p, g, w, k, v, stream));
   }
   if (p.queries == 0) return cudaSuccess;
 
@@ -110,7 +112,7 @@ cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStrea
     return launch_shape<Shape>(backward_dq_kernel<Shape>, w.rows.max_tiles * p.heads, stream, q, dout, k, v,
                                parameters);
   }
-  constexpr int kQueries = BackwardShape<T, kHeadDim, true, false>::kQueries;
+  constexpr int kQueries = BackwardShape<T, kHeadDim, true, false, false>::kQueries;
   const FinishParameters finish{w.rows, g.dq, p.heads, p.scale};
   finish_dq_kernel<T, kHeadDim, kQueries>
       <<<dim3(w.rows.max_tiles * (kRowTile / kQueries), p.heads), 2 * kWarpgroup, 0, stream>>>(finish);

@@ -24,28 +24,27 @@ struct BackwardParameters {
   float* dlog_weight;
   int keys, heads, heads_kv;
   float scale;
-  bool causal;
 
   __device__ __forceinline__ int64_t weight_place(int chunk, int key, int head) const {
     return chunk * weight_stride_chunk + key * weight_stride_key + head * weight_stride_head;
   }
 };
 
-// One step of a block's walk over queries, on its way from the producer to the consumers.
-struct alignas(16) QueryTile {
-  int row;         // of its first query, within the chunk
-  int present;     // queries from there to the end of the chunk; 0: the walk is over
-  int workspace;   // which tile of kQueries rows in the workspaces
+// A run of a block's walk over queries: one head of one chunk.
+struct alignas(16) QueryRun {
+  int row, queries;  // first row to visit, and number of rows, of the chunk
+  int workspace;     // tile of kQueries rows in the workspaces where the chunk begins; -1: the walk is over
   int chunk, head;
-  bool new_weights;  // the keys' weights differ from those of the step before
+  bool new_weights;  // the keys' weights differ from those of the run before
 };
 
-template <typename T_, int kHeadDim_, bool kAccumulateDq_, bool kWeightGradient_>
+template <typename T_, int kHeadDim_, bool kAccumulateDq_, bool kWeightGradient_, bool kCausal_>
 struct BackwardShape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kAccumulateDq = kAccumulateDq_;
   static constexpr bool kWeightGradient = kWeightGradient_;
+  static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
   static constexpr int kStages = 2;
@@ -60,7 +59,7 @@ struct BackwardShape {
     alignas(1024) T ds[kAccumulateDq ? 2 : 1][kAccumulateDq ? kKeys * kQueries : 1];
     alignas(16) float lse[kStages][kQueries];
     alignas(16) float delta[kStages][kQueries];
-    QueryTile tile[kStages];
+    Handover<QueryRun> runs;
     bool absent[kKeys];
     Barrier kv_landed;
     Barrier q_landed[kStages], q_free[kStages], dout_landed[kStages], dout_free[kStages];
@@ -85,18 +84,19 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
   const int group = p.heads / p.heads_kv;
   const int first_head = tile.head * group;
   Cursor<Shape::kStages> at;
+  Cursor<Handover<QueryRun>::kStages> next;
   for (int chunk = tile.other_begin; chunk < tile.other_begin + tile.other_length; ++chunk) {
     if (p.sequences.visible(chunk, tile.length) <= tile.row) continue;
     const int query = p.sequences.cu_seqlens_q[chunk];
     const int queries = p.sequences.cu_seqlens_q[chunk + 1] - query;
-    const int first_row = p.causal ? tile.row : 0;
+    const int first_row = Shape::kCausal ? tile.row : 0;
+    if (first_row >= queries) continue;
     for (int head = first_head; head < first_head + group; ++head) {
       const int64_t place = p.rows.row(chunk, head);
+      shared.runs.put(next, {first_row, queries, int(place / kQueries), chunk, head,
+                             p.weight_stride_head != 0 || head == first_head});
       for (int row = first_row; row < queries; row += kQueries) {
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
-        shared.tile[at.stage] = {row,   queries - row,
-                                 int((place + row) / kQueries), chunk,
-                                 head,  row == first_row && (p.weight_stride_head != 0 || head == first_head)};
         barrier_expect(&shared.q_landed[at.stage], kTileBytes);
         load_tile<T, kQueries, kHeadDim>(shared.q[at.stage], map_q, &shared.q_landed[at.stage], head, query + row);
         bulk_load(shared.lse[at.stage], p.rows.lse + place + row, kQueries * sizeof(float),
@@ -111,9 +111,7 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
       }
     }
   }
-  barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
-  shared.tile[at.stage].present = 0;
-  barrier_arrive(&shared.q_landed[at.stage]);
+  shared.runs.put(next, {0, 0, -1, 0, 0, false});
 }
 
 constexpr int kConsumersBarrier = 1;
@@ -223,121 +221,123 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
   };
   int64_t gradient_place = 0;  // of this lane's upper row
 
-  for (int turn = 0;; ++turn) {
-    barrier_wait(&shared.q_landed[at.stage], at.phase);
-    const int present = shared.tile[at.stage].present;
-    if (present <= 0) {
-      if constexpr (Shape::kAccumulateDq) {
-        if (turn > 0) add_dq(turn - 1, recomputed(shared_address(&shared)));
-      }
-      if constexpr (Shape::kWeightGradient) {
-        if (turn > 0) write_weight_gradient(gradient_place);
-      }
-      break;
-    }
-    if (shared.tile[at.stage].new_weights) {
-      const int chunk = shared.tile[at.stage].chunk, head = shared.tile[at.stage].head;
+  int turn = 0;  // counts steps
+  Cursor<Handover<QueryRun>::kStages> next;
+
+  for (;;) {
+    const QueryRun run = shared.runs.template get<true>(next);
+    if (run.workspace < 0) break;
+    if (run.new_weights) {
       if constexpr (Shape::kWeightGradient) {
         if (turn > 0) write_weight_gradient(gradient_place);
         const bool per_head = p.weight_stride_head != 0;
-        const int64_t row = tile.begin + key + (p.sequences.cu_chunks != nullptr ? int64_t(chunk) * p.keys : 0);
-        gradient_place = per_head ? row * p.heads + head : row * p.heads_kv + tile.head;
+        const int64_t row = tile.begin + key + (p.sequences.cu_chunks != nullptr ? int64_t(run.chunk) * p.keys : 0);
+        gradient_place = per_head ? row * p.heads + run.head : row * p.heads_kv + tile.head;
       }
-      const int visible = p.sequences.visible(chunk, tile.length);
+      const int visible = p.sequences.visible(run.chunk, tile.length);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         weight[i] = minus_infinity();
         if (key + 8 * i < visible) {
-          const int64_t place = p.weight_place(chunk, tile.begin + key + 8 * i, head);
+          const int64_t place = p.weight_place(run.chunk, tile.begin + key + 8 * i, run.head);
           weight[i] = p.log_weight == nullptr ? 0.f : p.log_weight[place] * kLog2e;
         }
       }
     }
 
-    // Descriptors are rebuilt in every step: hoisted out of the loop they would fill the registers.
-    const uint32_t base = recomputed(shared_address(&shared));
-    const uint32_t k = base + offsetof(typename Shape::Shared, k) + consumer * 64 * kPanelBytes;
-    const uint32_t v = base + offsetof(typename Shape::Shared, v) + consumer * 64 * kPanelBytes;
-    float scores[kQueries / 2], dp[kQueries / 2];
-    uint32_t packed[kQueries / 4], packed_ds[kQueries / 4];
-    const uint32_t q = base + offsetof(typename Shape::Shared, q) + at.stage * sizeof(shared.q[0]);
-    const uint32_t dout = base + offsetof(typename Shape::Shared, dout) + at.stage * sizeof(shared.dout[0]);
+    for (int row = run.row; row < run.queries; row += kQueries) {
+      // Descriptors are rebuilt in every step: hoisted out of the loop they would fill the registers.
+      const uint32_t base = recomputed(shared_address(&shared));
+      const uint32_t k = base + offsetof(typename Shape::Shared, k) + consumer * 64 * kPanelBytes;
+      const uint32_t v = base + offsetof(typename Shape::Shared, v) + consumer * 64 * kPanelBytes;
+      float scores[kQueries / 2], dp[kQueries / 2];
+      uint32_t packed[kQueries / 4], packed_ds[kQueries / 4];
+      const uint32_t q = base + offsetof(typename Shape::Shared, q) + at.stage * sizeof(shared.q[0]);
+      const uint32_t dout = base + offsetof(typename Shape::Shared, dout) + at.stage * sizeof(shared.dout[0]);
 
-    // S^T = K Q^T, and dP^T = V dO^T under its exponentials.
-    zero_foreign_queries<Shape>(q, present);
-    pin(scores);
-    wgmma_fence();
-    multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(scores, k, q, false);
-    wgmma_commit();
-    barrier_wait(&shared.dout_landed[at.stage], at.phase);
-    zero_foreign_queries<Shape>(dout, present);
-    pin(dp);
-    wgmma_fence();
-    multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(dp, v, dout, false);
-    wgmma_commit();
-    wgmma_wait<1>();
-    pin(scores);
-    if (p.causal) {
-      const int row = shared.tile[at.stage].row;
-      if (row < tile.row + consumer * 64 + 63) mask_before<kQueries>(scores, key - row, key - row + 8);
-    }
-#pragma unroll
-    for (int j = 0; j < kQueries / 8; ++j) {
-      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[at.stage][j * 8 + fragment_column()]);
-      scores[4 * j] = exp2_approx(fmaf(scores[4 * j], factor, weight[0] - lse.x));
-      scores[4 * j + 1] = exp2_approx(fmaf(scores[4 * j + 1], factor, weight[0] - lse.y));
-      scores[4 * j + 2] = exp2_approx(fmaf(scores[4 * j + 2], factor, weight[1] - lse.x));
-      scores[4 * j + 3] = exp2_approx(fmaf(scores[4 * j + 3], factor, weight[1] - lse.y));
-    }
-    wgmma_wait<0>();
-    pin(dp);
-#pragma unroll
-    for (int j = 0; j < kQueries / 8; ++j) {
-      const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[at.stage][j * 8 + fragment_column()]);
-      dp[4 * j] = scores[4 * j] * (dp[4 * j] - delta.x);
-      dp[4 * j + 1] = scores[4 * j + 1] * (dp[4 * j + 1] - delta.y);
-      dp[4 * j + 2] = scores[4 * j + 2] * (dp[4 * j + 2] - delta.x);
-      dp[4 * j + 3] = scores[4 * j + 3] * (dp[4 * j + 3] - delta.y);
-      if constexpr (Shape::kWeightGradient) {
-        weight_gradient[0] += dp[4 * j] + dp[4 * j + 1];
-        weight_gradient[1] += dp[4 * j + 2] + dp[4 * j + 3];
+      // S^T = K Q^T, and dP^T = V dO^T under its exponentials.
+      barrier_wait(&shared.q_landed[at.stage], at.phase);
+      zero_foreign_queries<Shape>(q, run.queries - row);
+      pin(scores);
+      wgmma_fence();
+      multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(scores, k, q, false);
+      wgmma_commit();
+      barrier_wait(&shared.dout_landed[at.stage], at.phase);
+      zero_foreign_queries<Shape>(dout, run.queries - row);
+      pin(dp);
+      wgmma_fence();
+      multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(dp, v, dout, false);
+      wgmma_commit();
+      wgmma_wait<1>();
+      pin(scores);
+      if constexpr (Shape::kCausal) {
+        if (same_in_warp(row < tile.row + consumer * 64 + 63)) mask_before<kQueries>(scores, key - row, key - row + 8);
       }
-    }
-    pack_fragments<T, kQueries>(packed, scores);
-    pack_fragments<T, kQueries>(packed_ds, dp);
-
-    // dV += P^T dO runs while dS goes to shared memory.
-    pin(dv), pin(packed);
-    wgmma_fence();
-    multiply_fragments<T, kHeadDim, kQueries, kQueries>(dv, packed, dout, true);
-    wgmma_commit();
-    if constexpr (Shape::kAccumulateDq) {
-      const int lane = threadIdx.x % 32;
-      const int ds_key = consumer * 64 + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
-      const uint32_t ds = shared_address(shared.ds[turn & 1]);
-      barrier_wait(&shared.ds_free[turn & 1], (turn >> 1 & 1) ^ 1);
 #pragma unroll
-      for (int i = 0; i < kQueries / 16; ++i) {
-        const int chunk = 2 * i + lane / 16;  // of 8 queries
-        store_matrix(ds + (chunk / 8 * kKeys + ds_key) * kPanelBytes + (chunk % 8 ^ ds_key % 8) * 16,
-                     packed_ds[4 * i], packed_ds[4 * i + 1], packed_ds[4 * i + 2], packed_ds[4 * i + 3]);
+      for (int j = 0; j < kQueries / 8; ++j) {
+        const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[at.stage][j * 8 + fragment_column()]);
+        scores[4 * j] = exp2_approx(fmaf(scores[4 * j], factor, weight[0] - lse.x));
+        scores[4 * j + 1] = exp2_approx(fmaf(scores[4 * j + 1], factor, weight[0] - lse.y));
+        scores[4 * j + 2] = exp2_approx(fmaf(scores[4 * j + 2], factor, weight[1] - lse.x));
+        scores[4 * j + 3] = exp2_approx(fmaf(scores[4 * j + 3], factor, weight[1] - lse.y));
       }
-      fence_proxy_async();
-      warp_arrive(&shared.ds_written[turn & 1]);
-      if (turn > 0) add_dq(turn - 1, base);
-      sums = p.rows.dq + int64_t(shared.tile[at.stage].workspace) * kQueries * kDqColumns +
-             (consumer * 8 * kWarpgroup + thread) * 4;
-    }
-    pin(dk), pin(packed_ds);
-    wgmma_fence();
-    multiply_fragments<T, kHeadDim, kQueries, kQueries>(dk, packed_ds, q, true);
-    wgmma_commit();
+      wgmma_wait<0>();
+      pin(dp);
+#pragma unroll
+      for (int j = 0; j < kQueries / 8; ++j) {
+        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[at.stage][j * 8 + fragment_column()]);
+        dp[4 * j] = scores[4 * j] * (dp[4 * j] - delta.x);
+        dp[4 * j + 1] = scores[4 * j + 1] * (dp[4 * j + 1] - delta.y);
+        dp[4 * j + 2] = scores[4 * j + 2] * (dp[4 * j + 2] - delta.x);
+        dp[4 * j + 3] = scores[4 * j + 3] * (dp[4 * j + 3] - delta.y);
+        if constexpr (Shape::kWeightGradient) {
+          weight_gradient[0] += dp[4 * j] + dp[4 * j + 1];
+          weight_gradient[1] += dp[4 * j + 2] + dp[4 * j + 3];
+        }
+      }
+      pack_fragments<T, kQueries>(packed, scores);
+      pack_fragments<T, kQueries>(packed_ds, dp);
 
-    wgmma_wait<0>();
-    pin(dv), pin(packed), pin(dk), pin(packed_ds);
-    warp_arrive(&shared.q_free[at.stage]);
-    warp_arrive(&shared.dout_free[at.stage]);
-    at.advance();
+      // dV += P^T dO runs while dS goes to shared memory.
+      pin(dv), pin(packed);
+      wgmma_fence();
+      multiply_fragments<T, kHeadDim, kQueries, kQueries>(dv, packed, dout, true);
+      wgmma_commit();
+      if constexpr (Shape::kAccumulateDq) {
+        const int lane = threadIdx.x % 32;
+        const int ds_key = consumer * 64 + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+        const uint32_t ds = shared_address(shared.ds[turn & 1]);
+        barrier_wait(&shared.ds_free[turn & 1], (turn >> 1 & 1) ^ 1);
+#pragma unroll
+        for (int i = 0; i < kQueries / 16; ++i) {
+          const int chunk = 2 * i + lane / 16;  // of 8 queries
+          store_matrix(ds + (chunk / 8 * kKeys + ds_key) * kPanelBytes + (chunk % 8 ^ ds_key % 8) * 16,
+                       packed_ds[4 * i], packed_ds[4 * i + 1], packed_ds[4 * i + 2], packed_ds[4 * i + 3]);
+        }
+        fence_proxy_async();
+        warp_arrive(&shared.ds_written[turn & 1]);
+        if (turn > 0) add_dq(turn - 1, base);
+        sums = p.rows.dq + (int64_t(run.workspace) * kQueries + row) * kDqColumns +
+               (consumer * 8 * kWarpgroup + thread) * 4;
+      }
+      pin(dk), pin(packed_ds);
+      wgmma_fence();
+      multiply_fragments<T, kHeadDim, kQueries, kQueries>(dk, packed_ds, q, true);
+      wgmma_commit();
+
+      wgmma_wait<0>();
+      pin(dv), pin(packed), pin(dk), pin(packed_ds);
+      warp_arrive(&shared.q_free[at.stage]);
+      warp_arrive(&shared.dout_free[at.stage]);
+      ++turn;
+      at.advance();
+    }
+  }
+  if constexpr (Shape::kAccumulateDq) {
+    if (turn > 0) add_dq(turn - 1, recomputed(shared_address(&shared)));
+  }
+  if constexpr (Shape::kWeightGradient) {
+    if (turn > 0) write_weight_gradient(gradient_place);
   }
 
   T* address[2][2];
@@ -372,6 +372,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = kConsumerThreads / 32;
     barrier_init(&shared.kv_landed, 1);
+    shared.runs.init(kConsumerWarps);
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(&shared.q_landed[i], 1);
       barrier_init(&shared.q_free[i], kConsumerWarps);

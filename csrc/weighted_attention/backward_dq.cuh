@@ -75,7 +75,7 @@ __device__ __forceinline__ void backward_dq_consume(typename Shape::Shared& shar
     wgmma_commit();
     wgmma_wait<1>();
     pin(scores);
-    if (p.causal && (n + 1) * kKeys > tile.row + consumer * 64 + 1) {
+    if (p.causal && same_in_warp((n + 1) * kKeys > tile.row + consumer * 64 + 1)) {
       mask_after<kKeys>(scores, row - n * kKeys, row - n * kKeys + 8);
     }
 #pragma unroll
