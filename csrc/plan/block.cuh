@@ -9,9 +9,9 @@
 
 namespace plan {
 
-template <int kThreads_, int kItems_, int kSlots_>
+template <int kThreads_, int kItems_, int kSlots_, int kResident_>
 struct BlockShape {
-  static constexpr int kBlock = kThreads_, kItems = kItems_, kSlots = kSlots_;
+  static constexpr int kBlock = kThreads_, kItems = kItems_, kSlots = kSlots_, kResident = kResident_;
   static constexpr int kLongest = kBlock * kItems, kWarps = kBlock / 32;
   static constexpr int bits(int n) { return n <= 1 ? 0 : 1 + bits(n / 2); }
   static constexpr int kDigitBits = (bits(kLongest) + 1) / 2, kDigits = 1 << kDigitBits;
@@ -105,8 +105,7 @@ __device__ __forceinline__ void scan_counters(uint16_t* counters, int* shared) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kBlock) block_kernel(const Occurrences x, const Unique out, uint64_t* states,
-                                                              unsigned long long* ticket) {
+__global__ void __launch_bounds__(Shape::kBlock, Shape::kResident) block_kernel(const Occurrences x, const Unique out, uint64_t* states) {
   extern __shared__ __align__(16) unsigned char memory[];
   int64_t* token = reinterpret_cast<int64_t*>(memory);
   uint32_t* table = reinterpret_cast<uint32_t*>(memory + Shape::kTableAt);
@@ -116,17 +115,17 @@ __global__ void __launch_bounds__(Shape::kBlock) block_kernel(const Occurrences 
   __shared__ int scan[33];
   __shared__ int64_t broadcast;
 
-  if (threadIdx.x == 0) broadcast = int64_t(atomicAdd(ticket, 1ull));  // samples in the order in which blocks start
   for (int i = threadIdx.x; i < Shape::kSlots; i += Shape::kBlock) table[i] = kEmpty;
-  __syncthreads();
-  const int64_t sample = broadcast, occurrence = out.cu_occurrences[sample];
-  const int count = int(out.cu_occurrences[sample + 1] - occurrence);
-  const int64_t slot_begin = sample * x.length;
+  const int64_t sample = blockIdx.x, slot_begin = sample * x.length;
+  int count = int(max(min(x.extents[sample], x.length), int64_t(0)));
 #pragma unroll
   for (int j = 0; j < Shape::kItems; ++j) {
     const int i = j * Shape::kBlock + threadIdx.x;
     if (i < count) token[i] = x.tokens[slot_begin + i];
   }
+  wait_for_launch_before();
+  const int64_t occurrence = out.cu_occurrences[sample];
+  count = int(out.cu_occurrences[sample + 1] - occurrence);  // 0 where extents are malformed
   __syncthreads();
 
   // This warp's positions are [begin, begin + 32 * iterations).

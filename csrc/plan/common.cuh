@@ -48,6 +48,19 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
   return x * 0xc4ceb9fe1a85ec53ull;
 }
 
+// Programmatic dependent launch (Hopper and later): a kernel launched with it starts once all blocks of the one before have called
+// let_next_launch or ended, and sees what that one wrote behind wait_for_launch_before.
+__device__ __forceinline__ void let_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // One block: bounds of the samples among the occurrences, and the sizes that need no tokens. Malformed extents give no
 // occurrences at all, so that nothing is read or written out of place.
 constexpr int kExtentThreads = 1024;
@@ -55,6 +68,7 @@ static __global__ void __launch_bounds__(kExtentThreads) extents_kernel(const Oc
                                                                  int64_t clears) {
   __shared__ int64_t shared[33];
   __shared__ int64_t lowest[32], highest[32];
+  let_next_launch();
   for (int64_t i = threadIdx.x; i < clears; i += blockDim.x) clear[i] = 0;
   int64_t low = INT64_MAX, high = INT64_MIN, before = 0;
   for (int64_t first = 0; first < x.samples; first += blockDim.x) {

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) insert_kernel(const Occurrences x, c
     slot = uint32_t(__umul64hi(mix(uint64_t(id) + uint64_t(sample) * 0x9e3779b97f4a7c15ull), uint64_t(table.capacity)));
     const uint32_t mine = uint32_t(occurrence);
     while (true) {
-      uint32_t found = *reinterpret_cast<volatile uint32_t*>(table.first + slot);
+      uint32_t found = table.first[slot];  // perhaps an older one of the same token, from the first-level cache
       if (found == kEmpty) found = atomicCAS(table.first + slot, kEmpty, mine);
       if (found == kEmpty) break;
       if (found >= begin && found < end && x.tokens[found + shift] == id) {
