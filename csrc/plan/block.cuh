@@ -25,35 +25,6 @@ struct BlockShape {
   static_assert(kLongest <= 1 << 15 && kCounters % kBlock == 0);
 };
 
-constexpr uint32_t kEmpty = 0xffffffffu;
-
-// A sample's rows and those before it: what each block publishes, and how the next ones find their first row.
-constexpr uint64_t kOwn = uint64_t(1) << 62, kThrough = uint64_t(2) << 62, kValue = kOwn - 1;
-
-__device__ __forceinline__ void publish(uint64_t* state, uint64_t flag, uint64_t value) {
-  __threadfence();
-  *reinterpret_cast<volatile uint64_t*>(state) = flag | value;
-}
-
-// By one warp: the rows of all samples before `sample`.
-__device__ __forceinline__ int64_t rows_before(const uint64_t* states, int64_t sample) {
-  int64_t total = 0;
-  for (int64_t last = sample - 1; last >= 0; last -= 32) {
-    const int64_t b = last - lane();
-    uint64_t state = kThrough;  // before the first sample: 0 rows
-    if (b >= 0)
-      while (((state = *reinterpret_cast<const volatile uint64_t*>(states + b)) & ~kValue) == 0) __nanosleep(20);
-    const unsigned through = __ballot_sync(kFull, (state & kThrough) != 0);
-    const int stop = through ? __ffs(through) - 1 : 31;
-    int64_t value = lane() <= stop ? int64_t(state & kValue) : 0;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(kFull, value, d);
-    total += value;
-    if (through) break;
-  }
-  return total;
-}
-
 // Every lane's item among the lanes with the same digit: how many come before it in this warp, iteration after iteration.
 template <class Shape>
 __device__ __forceinline__ void rank_items(const uint32_t (&key)[Shape::kItems], int shift, int iterations, int count,
