@@ -11,7 +11,11 @@ using Middle = BlockShape<1024, 4, 8192, 2>;
 #else
 using Middle = BlockShape<512, 8, 8192, 2>;
 #endif
-using Long = BlockShape<1024, 16, 24576, 1>;  // 224 KB: what a Hopper block can have
+#ifdef TA_NARROW
+using Long = BlockShape<512, 32, 20480, 2>;
+#else
+using Long = BlockShape<1024, 16, 20480, 2>;
+#endif
 
 template <class Shape>
 cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
