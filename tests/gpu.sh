@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # What needs a GPU: the operators' tests on CUDA, compute-sanitizer over small shapes, then the benchmark of the operators.
-#   tests/gpu.sh [PYTHON]     each part says how it ended; exits with the number of parts that failed
+#   tests/gpu.sh [PYTHON [PYTEST ARGUMENTS]]     each part says how it ended; exits with the number of parts that failed
+# TA_BENCHMARK=0 leaves the benchmark out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
+shift $(($# > 0))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TA_TEST_DEVICES=cuda
 failed=0
 part() {
@@ -16,8 +18,8 @@ part() {
   fi
 }
 
-part tests timeout 900 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_unique_space.py tests/attention/test_merge.py tests/attention/test_causal_on_cuda.py tests/test_cuda.py \
-  --ignore tests/ops/test_builders.py
+part tests timeout 900 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_unique_space.py tests/attention/test_merge.py \
+  tests/attention/test_causal_on_cuda.py tests/test_cuda.py --ignore tests/ops/test_builders.py "$@"
 if [ "${TA_BENCHMARK:-1}" = 1 ]; then part benchmark timeout 600 "$python" examples/benchmarks/ops.py; fi
 # without torch's cache every tensor is an allocation of its own, whose ends memcheck knows
 for tool in memcheck racecheck; do

@@ -5,17 +5,23 @@
 namespace plan {
 namespace {
 
-using Short = BlockShape<128, 8, 2048>;
-using Middle = BlockShape<512, 8, 8192>;
-using Long = BlockShape<1024, 16, 24576>;  // 224 KB: what a Hopper block can have
+using Short = BlockShape<128, 8, 2048, 8>;
+#ifdef TA_WIDE
+using Middle = BlockShape<1024, 4, 8192, 2>;
+#else
+using Middle = BlockShape<512, 8, 8192, 2>;
+#endif
+#ifdef TA_NARROW
+using Long = BlockShape<512, 32, 20480, 2>;
+#else
+using Long = BlockShape<1024, 16, 20480, 2>;
+#endif
 
 template <class Shape>
 cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
   const auto kernel = block_kernel<Shape>;
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Shape::kBytes)));
-  kernel<<<unsigned(x.samples), Shape::kBlock, Shape::kBytes, stream>>>(
-      x, out, states, reinterpret_cast<unsigned long long*>(states + x.samples));
-  return cudaGetLastError();
+  return launch_early(kernel, unsigned(x.samples), Shape::kBlock, Shape::kBytes, stream, x, out, states);
 }
 
 }  // namespace
@@ -31,11 +37,11 @@ cudaError_t fits_block(const Occurrences& x, bool* fits) {
   return cudaSuccess;
 }
 
-size_t block_workspace_bytes(const Occurrences& x) { return sizeof(uint64_t) * (x.samples + 1); }
+size_t block_workspace_bytes(const Occurrences& x) { return sizeof(uint64_t) * x.samples; }
 
 cudaError_t block_unique(const Occurrences& x, const Unique& out, void* workspace, cudaStream_t stream) {
   uint64_t* states = static_cast<uint64_t*>(workspace);
-  extents_kernel<<<1, kExtentThreads, 0, stream>>>(x, out, states, x.samples + 1);
+  extents_kernel<<<1, kExtentThreads, 0, stream>>>(x, out, states, x.samples, nullptr, 0);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (x.samples > 0) {
     if (x.length <= Short::kLongest)

@@ -85,6 +85,25 @@ def test_lengths_around_a_block(device: str, compiled: Ops, plain: Ops, length: 
         assert name != "one hot token" or int(ours[-1][1]) == (3 if length else 0)
 
 
+def colliding(distinct: int) -> Tensor:
+    """Ids whose hashes (mix in csrc/plan/common.cuh, inverted here) agree in all but the last bits: one slot, one tag."""
+    found = []
+    for hashed in range(7 << 40, (7 << 40) + distinct):
+        x = hashed * pow(0xC4CEB9FE1A85EC53, -1, 2**64) % 2**64
+        x = (x ^ x >> 33) * pow(0xFF51AFD7ED558CCD, -1, 2**64) % 2**64
+        x ^= x >> 33
+        found.append(x - 2**64 if x >= 2**63 else x)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("length", [900, 3000, 9000])
+def test_ids_whose_hashes_collide(device: str, compiled: Ops, plain: Ops, length: int) -> None:
+    g = torch.Generator().manual_seed(length)
+    tokens = colliding(length // 2)[torch.randint(0, length // 2, (2, length), generator=g)]
+    lengths = torch.tensor([length, length - 1])
+    same(compiled("unique")(tokens.to(device), lengths.to(device), -1), plain("unique")(tokens, lengths, -1))
+
+
 def test_many_samples_repeat_to_the_bit(device: str, compiled: Ops, plain: Ops) -> None:
     g = torch.Generator().manual_seed(1)
     tokens, lengths = zipf(700, 50, 300), torch.randint(0, 51, (700,), generator=g)
