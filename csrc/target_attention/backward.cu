@@ -49,8 +49,8 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 1, kOneTable>>(parameters, stream)));
   }
   const Problem& p = parameters.p;
-  if (p.queries > 0) {
-    merge_dq_kernel<T><<<p.queries * p.heads, p.head_dim, 0, stream>>>(parameters);
+  if (p.queries > 0 && p.keys > parameters.chunks.length) {  // otherwise no sample has two chunks
+    merge_dq_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);
     TA_RETURN_IF_ERROR(cudaGetLastError());
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));

@@ -3,7 +3,8 @@
 // member, otherwise as float32 to be added up, member by member, in the second pass (rows.cuh). No sum depends on timing.
 #pragma once
 
-#include "forward.cuh"
+#include "mma.cuh"
+#include "scalar.cuh"
 
 namespace target_attention {
 
@@ -392,19 +393,27 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
   } while (first < rows.count);
 }
 
-// dq of samples with several chunks. grid (queries * heads): a block of head_dim threads each.
+// dq of samples with several chunks: a warp for each (query, head).
 template <typename T>
-__global__ void merge_dq_kernel(const BackwardParameters b) {
+__global__ void __launch_bounds__(kThreads) merge_dq_kernel(const BackwardParameters b) {
   const Problem& p = b.p;
-  const int query = blockIdx.x / p.heads, head = blockIdx.x % p.heads, share = p.heads / p.heads_kv;
+  const int at = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (at >= p.queries * p.heads) return;
+  const int query = at / p.heads, head = at % p.heads, share = p.heads / p.heads_kv;
   const int sample = last_not_above(p.samples, query, [&](int s) { return p.cu_seqlens_q[s]; });
   const int count = b.chunks.count(sample), slot = b.chunks.first_slot(sample);
   if (count == 1) return;
   const int row = (query - p.cu_seqlens_q[sample]) * share + head % share;
-  float sum = 0.f;
-  for (int c = 0; c < count; ++c)
-    sum += b.partial_dq[b.partial(slot + c, head / share, row) * p.head_dim + threadIdx.x];
-  static_cast<T*>(b.g.dq)[int64_t(blockIdx.x) * p.head_dim + threadIdx.x] = narrow<T>(sum);
+  for (int d = lane * 4; d < p.head_dim; d += 128) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+    for (int c = 0; c < count; ++c) {
+      const int64_t part = b.partial(slot + c, head / share, row);
+      const float4 x = *reinterpret_cast<const float4*>(b.partial_dq + part * p.head_dim + d);
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    store_four(static_cast<T*>(b.g.dq) + int64_t(at) * p.head_dim + d, sum);
+  }
 }
 
 }  // namespace target_attention

@@ -8,17 +8,6 @@ namespace target_attention {
 constexpr int kSumWarps = 8;
 constexpr int kLong = 64;  // members beyond which a row takes the whole block
 
-template <typename T>
-__device__ __forceinline__ void store_four(T* to, float4 x);
-template <>
-__device__ __forceinline__ void store_four<float>(float* to, float4 x) {
-  *reinterpret_cast<float4*>(to) = x;
-}
-template <>
-__device__ __forceinline__ void store_four<__nv_bfloat16>(__nv_bfloat16* to, float4 x) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(Half<__nv_bfloat16>::pack(x.x, x.y), Half<__nv_bfloat16>::pack(x.z, x.w));
-}
-
 // The sum of members begin, begin + step, ... < end at four columns.
 __device__ __forceinline__ float4 sum_members(const float* members, const int64_t* order, int64_t begin, int64_t end,
                                               int step, int64_t width, int column) {
