@@ -17,17 +17,21 @@ cudaError_t launch(const ForwardParameters& parameters, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <typename T, int kDim, int kGroups, bool kOneTable>
+cudaError_t launch_weights(const ForwardParameters& parameters, cudaStream_t stream) {
+  return is_plain(parameters.p) ? launch<MmaForward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
+                                : launch<MmaForward<T, kDim, kGroups, kOneTable, false>>(parameters, stream);
+}
+
 template <typename T, int kDim, bool kOneTable>
 cudaError_t launch_rows(const ForwardParameters& parameters, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 4) {
-    if constexpr (kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
-    else if (parameters.row_slots <= 4) return launch<ScalarForward<kDim, 4, kOneTable>>(parameters, stream);
-    else return launch<ScalarForward<kDim, kDim <= 128 ? 16 : 8, kOneTable>>(parameters, stream);
+  if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) {
+    return cudaErrorInvalidValue;
   } else if constexpr (kDim <= 128) {
-    return parameters.row_slots <= 16 ? launch<MmaForward<T, kDim, 1, kOneTable>>(parameters, stream)
-                                      : launch<MmaForward<T, kDim, 2, kOneTable>>(parameters, stream);
+    return parameters.row_slots <= 16 ? launch_weights<T, kDim, 1, kOneTable>(parameters, stream)
+                                      : launch_weights<T, kDim, 2, kOneTable>(parameters, stream);
   } else {
-    return launch<MmaForward<T, kDim, 1, kOneTable>>(parameters, stream);
+    return launch_weights<T, kDim, 1, kOneTable>(parameters, stream);
   }
 }
 
@@ -45,7 +49,8 @@ cudaError_t launch_type(const ForwardParameters& parameters, cudaStream_t stream
     case 128: TA_RETURN_IF_ERROR((launch_tables<T, 128>(parameters, stream))); break;
     default: TA_RETURN_IF_ERROR((launch_tables<T, 256>(parameters, stream)));
   }
-  merge_kernel<T><<<p.queries * p.heads, p.head_dim, 0, stream>>>(parameters);
+  if (p.keys <= parameters.chunks.length) return cudaSuccess;  // no sample has two chunks
+  merge_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);
   return cudaGetLastError();
 }
 

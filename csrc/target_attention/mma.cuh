@@ -2,6 +2,7 @@
 #pragma once
 
 #include "stream.cuh"
+#include "tf32.cuh"
 
 namespace target_attention {
 
@@ -9,11 +10,17 @@ namespace target_attention {
 __device__ __forceinline__ int row_of(int i) { return int(threadIdx.x) % 32 / 4 + i / 2 * 8; }
 __device__ __forceinline__ int column_of(int tile, int i) { return tile * 8 + int(threadIdx.x) % 4 * 2 + i % 2; }
 
+// The same of the sums that `accumulate` leaves: for float32, four tiles take turns in the columns, so that a lane reads four at once.
+template <typename T>
+__device__ __forceinline__ int column_of_sum(int tile, int i) {
+  return sizeof(T) == 4 ? tile / 4 * 32 + column_of(0, i) * 4 + tile % 4 : column_of(tile, i);
+}
+
 // c (rows x keys) = a (rows x dim) keys^T; both in shared memory, rows of kStride elements.
 template <class Shape, int kGroups>
-__device__ __forceinline__ void score(float (&c)[kGroups][Shape::kTile / 8][4], const typename Shape::T* a,
-                                      const typename Shape::T* keys) {
-  using T = typename Shape::T;
+__device__ __forceinline__ void score(float (&c)[kGroups][Shape::kTile / 8][4], const __nv_bfloat16* a,
+                                      const __nv_bfloat16* keys) {
+  using T = __nv_bfloat16;
   const int lane = threadIdx.x % 32;
   const T* a_row = a + lane % 16 * Shape::kStride + lane / 16 * 8;
   const T* key_row = keys + (lane % 8 + lane / 16 * 8) * Shape::kStride + lane / 8 % 2 * 8;
@@ -44,8 +51,8 @@ __device__ __forceinline__ void score(float (&c)[kGroups][Shape::kTile / 8][4], 
 template <class Shape, int kGroups>
 __device__ __forceinline__ void accumulate(float (&c)[kGroups][Shape::kDim / 8][4],
                                            const float (&p)[kGroups][Shape::kTile / 8][4],
-                                           const typename Shape::T* keys) {
-  using T = typename Shape::T;
+                                           const __nv_bfloat16* keys) {
+  using T = __nv_bfloat16;
   const int lane = threadIdx.x % 32;
   const T* key_row = keys + lane % 16 * Shape::kStride + lane / 16 * 8;
 #pragma unroll
@@ -70,6 +77,30 @@ __device__ __forceinline__ void accumulate(float (&c)[kGroups][Shape::kDim / 8][
   }
 }
 
+// Sums of `accumulate` to (rows, kDim), rows kSumStride<kDim> apart: 8 banks.
+template <int kDim>
+constexpr int kSumStride = kDim + 8;
+
+template <typename T, int kDim, int kGroups>
+__device__ __forceinline__ void store_sums(float* to, const float (&c)[kGroups][kDim / 8][4]) {
+  constexpr int kTogether = sizeof(T) == 4 ? 4 : 1;  // see column_of_sum
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+    for (int d = 0; d < kDim / 8; d += kTogether)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const row = to + (g * 16 + row_of(2 * half)) * kSumStride<kDim>;
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i)
+            store_four(row + column_of_sum<T>(d, i), make_float4(c[g][d][i], c[g][d + 1][i], c[g][d + 2][i], c[g][d + 3][i]));
+        } else {
+          *reinterpret_cast<float2*>(row + column_of_sum<T>(d, 0)) = make_float2(c[g][d][2 * half], c[g][d][2 * half + 1]);
+        }
+      }
+}
+
 // The weights of a tile's pairs in the accumulator layout, and which rows of this lane exist.
 template <class Shape, int kGroups>
 class PairWeights {
@@ -89,8 +120,12 @@ class PairWeights {
   }
 
   __device__ float operator()(const Stage& stage, int key, int keys_left, int g, int n, int i) const {
+    return per_pair_ ? of_pair(stage, key, keys_left, g, n, i) : of_key(stage, n, i);
+  }
+  __device__ float of_key(const Stage& stage, int n, int i) const { return stage.weight[column_of(n, i)]; }
+  __device__ float of_pair(const Stage& stage, int key, int keys_left, int g, int n, int i) const {
     const int column = column_of(n, i);
-    if (!per_pair_ || column >= keys_left) return stage.weight[column];
+    if (column >= keys_left) return stage.weight[column];
     if (!exists_[g][i / 2]) return p_.normaliser == Normaliser::kSoftmax ? -CUDART_INF_F : 0.f;
     return p_.weight[offset_[g][i / 2] + (key + column) * p_.weight_stride_key];
   }

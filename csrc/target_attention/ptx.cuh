@@ -87,6 +87,27 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// 2^x; a result below the smallest normal number is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Four neighbours, rounded, in one store.
+template <typename T>
+__device__ __forceinline__ void store_four(T* to, float4 x);
+template <>
+__device__ __forceinline__ void store_four<float>(float* to, float4 x) {
+  *reinterpret_cast<float4*>(to) = x;
+}
+template <>
+__device__ __forceinline__ void store_four<__nv_bfloat16>(__nv_bfloat16* to, float4 x) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(Half<__nv_bfloat16>::pack(x.x, x.y), Half<__nv_bfloat16>::pack(x.z, x.w));
+}
+
+__device__ __forceinline__ void add_four(float4& sum, float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; }
+
 // Sum over the four lanes that share the rows of an accumulator.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);

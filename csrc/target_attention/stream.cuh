@@ -16,13 +16,17 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // ---- chunks ----------------------------------------------------------------------------------
 
-// The largest b in [0, count) with first(b) <= value; first must not fall, and first(0) <= value.
+// The largest b in [0, count) with first(b) <= value; first must not fall, and first(0) <= value. A whole warp asks together,
+// 32 places at a time: each round waits for memory once.
 template <class First>
 __device__ __forceinline__ int last_not_above(int count, int value, First first) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (first(middle) <= value ? low : high) = middle;
+  const int lane = threadIdx.x % 32;
+  int low = 0;
+  while (count > 1) {
+    const int step = (count + 31) / 32, at = lane * step;
+    const int below = __popc(__ballot_sync(~0u, at < count && first(low + at) <= value)) - 1;
+    low += below * step;
+    count = min(step, count - below * step);
   }
   return low;
 }
@@ -66,6 +70,11 @@ enum class Weights { kNone, kPerKey, kPerPair };  // the last: per head, or per 
 __device__ __forceinline__ Weights weights_of(const Problem& p) {
   if (p.weight == nullptr) return Weights::kNone;
   return p.q_chunk == nullptr && p.weight_stride_head == 0 ? Weights::kPerKey : Weights::kPerPair;
+}
+
+// Softmax whose weights the tile brings, the common case: compiled apart, so that the others' branches cost it nothing.
+inline bool is_plain(const Problem& p) {
+  return p.normaliser == Normaliser::kSoftmax && (p.weight == nullptr || (p.q_chunk == nullptr && p.weight_stride_head == 0));
 }
 
 // ---- queries ---------------------------------------------------------------------------------
@@ -136,6 +145,7 @@ class KeyStream {
   using T = typename Shape::T;
   using Stage = typename Shape::Stage;
   static constexpr int kPieces = Shape::kDim * int(sizeof(T)) / 16;
+  static constexpr int kPerLane = kPieces > 32 ? kPieces / 32 : 1;  // pieces of a row that one lane copies
 
  public:
   // offsets: with kMembers, where each table row's members start.
@@ -188,16 +198,24 @@ class KeyStream {
         copy_async_8(&stage.members[lane][0], offsets_ + max(row_, 0));
         copy_async_8(&stage.members[lane][1], offsets_ + max(row_, 0) + 1);
       }
-      const int read = present_ ? row_ : -1;
+      const int read = present_ ? row_ : -1, row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
 #pragma unroll
-      for (int i = 0; i < Shape::kTile * kPieces / 32; ++i) {
-        const int piece = (i * 32 + lane) % kPieces, slot = (i * 32 + lane) / kPieces;
-        const int row = __shfl_sync(~0u, read, slot);
+      for (int part = 0; part < kPerLane; ++part) {
+        const int piece = part * 32 + lane % kPieces;
         const bool inside = piece * 16 < p_.head_dim * int(sizeof(T));  // zeros beyond: a product takes whole columns
-        const int column = piece * int(16 / sizeof(T)), to = slot * Shape::kStride + column;
-        const int64_t from = (int64_t(max(row, 0)) * p_.heads_kv + head_) * p_.head_dim + (inside ? column : 0);
-        copy_async(stage.k() + to, static_cast<const T*>(p_.k_table) + from, inside && row >= 0);
-        if (!Shape::kOneTable) copy_async(stage.v() + to, static_cast<const T*>(p_.v_table) + from, inside && row >= 0);
+        const int64_t column = head_ * p_.head_dim * int64_t(sizeof(T)) + (inside ? piece * 16 : 0);
+        const char* const k_from = static_cast<const char*>(p_.k_table) + column;
+        const char* const v_from = static_cast<const char*>(p_.v_table) + column;
+        const int to = lane / kPieces * Shape::kStride + piece * int(16 / sizeof(T));
+        constexpr int kAtOnce = 32 * kPerLane / kPieces;  // keys
+#pragma unroll
+        for (int i = 0; i < Shape::kTile / kAtOnce; ++i) {
+          const int row = __shfl_sync(~0u, read, i * kAtOnce + lane / kPieces);
+          const int64_t from = int64_t(max(row, 0)) * row_bytes;
+          const bool present = inside && row >= 0;
+          copy_async(stage.k() + to + i * kAtOnce * Shape::kStride, k_from + from, present);
+          if (!Shape::kOneTable) copy_async(stage.v() + to + i * kAtOnce * Shape::kStride, v_from + from, present);
+        }
       }
       ++issued_;
       peek();
