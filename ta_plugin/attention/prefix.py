@@ -19,7 +19,7 @@ from ta_plugin.ops import segment_logsumexp, segment_sum
 class PrefixCounts:
     """Counts before each chunk: carried as int64, exact for any length."""
 
-    cell_tensors = 1  # chunks x rows tensors held at a time
+    cell_tensors = 2  # chunks x rows tensors held at a time
 
     def __init__(self, chunks: CausalChunks, dtype: torch.dtype) -> None:
         self.chunks, self.dtype = chunks, dtype
@@ -28,14 +28,14 @@ class PrefixCounts:
     def weights(self, group: Group) -> Tensor:
         """Log weights (chunks, rows) of the next group; -inf for a row that has not occurred."""
         at, rows = self.chunks.index_of(group), group.num_rows
-        seen = torch.zeros(group.size + 1, rows, dtype=self.dtype, device=at.chunk.device)
-        # sums within a group are at most its span, so exact in whatever order they form
+        # integers: exact in whatever order they are added, and allowed under torch.use_deterministic_algorithms
+        seen = torch.zeros(group.size + 1, rows, dtype=torch.int32, device=at.chunk.device)
         cells = (at.chunk + 1) * rows + at.segments.index
-        seen.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=self.dtype))
+        seen.view(-1).scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
         seen.cumsum_(0)
         before = self.before[group.rows].to(self.dtype)
-        self.before[group.rows] += seen[-1].long()
-        return seen[:-1].add_(before).log_()
+        self.before[group.rows] += seen[-1]
+        return torch.add(seen[:-1], before).log_()
 
 
 @dataclass(frozen=True)
