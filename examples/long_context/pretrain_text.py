@@ -240,6 +240,8 @@ def main(
     CONSOLE.print(
         f"{stream.ids.numel():,} training tokens, {held_out.ids.numel():,} held out; L/U at {context}: {ratio:.1f}"
     )
+    validation = min(validation, (held_out.ids.numel() - 1) // context)
+    CONSOLE.print(f"validation on {validation} held-out sequence(s) of {context} tokens")
     settings = Settings(
         context,
         batch,
@@ -270,6 +272,7 @@ def main(
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     conditions = (
         f"{steps} steps of {batch} x {context} tokens, {layers} layers, dim {dim}, window {window}, global every {global_every} "
+        f"(validation on {validation} sequences) "
         f"(decay {decay}); torch {torch.__version__}, {where}"
     )
     report(curves, timed, ratio, conditions, out)

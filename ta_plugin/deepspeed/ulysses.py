@@ -9,29 +9,31 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
-from ta_plugin.attention import Scoring, self_attention
+from ta_plugin.attention import Scoring, causal_attention, self_attention
 from ta_plugin.deepspeed.plan import TokenPlan
 from ta_plugin.parallel import SSPGroup
 
 
 class TokenizedUlyssesAttention(nn.Module):
-    """Bidirectional self-attention of sequences whose chunks lie on the ranks of Ulysses' group, equal chunks in rank order.
+    """Self-attention of sequences whose chunks lie on the ranks of Ulysses' group, equal chunks in rank order.
 
-    Exact where q, k and v depend on the token only (no positions below). Without a group it is the same attention on one rank;
+    Bidirectional: exact where q, k and v depend on the token only (no positions below). causal: exact where k and v do; q may be
+    of the position, as in token-keyed layers. `verify` checks on the first call what must hold. Without a group it is the same on one rank;
     the "sequence" layout of the block gives it Ulysses' group and the block's options.
     """
 
-    def __init__(self, scale: float | None = None, *, verify: bool = True) -> None:
+    def __init__(self, scale: float | None = None, *, causal: bool = False, verify: bool = True) -> None:
         super().__init__()
-        self.scale, self.verify = scale, verify
+        self.scale, self.causal, self.verify = scale, causal, verify
         self.set_group(SSPGroup(None), Scoring())
 
     def set_group(self, group: SSPGroup, scoring: Scoring, row_multiple: int = 1) -> None:
-        """Attend over sequences that lie on `group`."""
+        """Attend over sequences that lie on `group`. Causal attention has no use for row_multiple."""
+        row_multiple = 1 if self.causal else row_multiple
         self._group = group
         self._plan = TokenPlan("tokens", "lengths", group, verify=self.verify, row_multiple=row_multiple)
         self._scoring = replace(scoring, scale=self.scale)
-        local = _LocalAttention(self._plan, self._scoring)
+        local = (_LocalCausalAttention if self.causal else _LocalAttention)(self._plan, self._scoring)
         self._attend = local if group.group is None else DistributedAttention(local, group.group, 2, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -65,3 +67,15 @@ class _LocalAttention(nn.Module):
         assert self._plan.space is not None
         rows = [self._plan.rows_of(x) for x in (q, k, v)]
         return self._plan.space.expand(self_attention(self._plan.space, *rows, scoring=self._scoring))
+
+
+class _LocalCausalAttention(_LocalAttention):
+    """The same, every position onto those up to it: queries per position, keys and values per distinct token."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._plan.check_once(self, "TokenizedUlyssesAttention(causal=True)", k, v)
+        space, scoring = self._plan.space, self._scoring
+        assert space is not None
+        keys, values = (self._plan.rows_of(x) for x in (k, v))
+        out = causal_attention(space, space.pack(q), keys, values, scale=scoring.scale, backend=scoring.backend)
+        return space.unpack(out)

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from engines import DIM, SGD_RATE, VOCAB, Setup
 from torch import Tensor, nn
 
+from ta_plugin import SSPGroup
+from ta_plugin.attention import Scoring
+
 HEADS, LONG = 4, 8
 OPTIMIZER = {"type": "sgd", "lr": SGD_RATE}  # notices a gradient that is off by a factor, as Adagrad and AdamW do not
 
@@ -324,3 +327,41 @@ def test_beside_experts(engines_on: Any, stage: int) -> None:
     plain = engines_on(4).run(beside_experts, stage, None)
     for size in (2, 4):
         torch.testing.assert_close(engines_on(4).run(beside_experts, stage, size), plain, rtol=0, atol=1e-5)
+
+
+def causal_ulysses(size: int) -> None:
+    """Outputs and gradients of this rank's chunk against causal attention over positions, in float64."""
+    from ta_plugin.deepspeed import TokenizedUlyssesAttention
+
+    group = SSPGroup(dist.group.WORLD if size > 1 else None)
+    attention, g = TokenizedUlyssesAttention(causal=True), torch.Generator().manual_seed(1)
+    attention.set_group(group, Scoring(), row_multiple=5)
+    tokens, lengths = torch.randint(0, 5, (2, 8), generator=g), torch.tensor([8, 3])
+    table = torch.randn(5, 2, 2, 4, generator=g, dtype=torch.float64).requires_grad_()
+    queries = torch.randn(2, 8, 2, 4, generator=g, dtype=torch.float64).requires_grad_()
+    k, v = table[tokens].unbind(2)
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (queries, k, v)), attn_mask=mask).transpose(
+        1, 2
+    )
+    expected = expected * (torch.arange(8) < lengths[:, None])[..., None, None]
+    wanted = torch.autograd.grad(expected.sin().sum(), [queries, table])
+
+    mine = slice(group.rank * 8 // size, (group.rank + 1) * 8 // size)
+    k, v = table[tokens[:, mine]].unbind(2)
+    got = attention(queries[:, mine], k, v, tokens[:, mine], lengths)
+    torch.testing.assert_close(got, expected[:, mine], rtol=0, atol=1e-10)
+    of_queries, of_table = torch.autograd.grad(got.sin().sum(), [queries, table])
+    if size > 1:
+        dist.all_reduce(of_table)
+    torch.testing.assert_close(of_queries[:, mine], wanted[0][:, mine], rtol=0, atol=1e-10)
+    torch.testing.assert_close(of_table, wanted[1], rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="equal tokens have different hidden states"):
+        other = TokenizedUlyssesAttention(causal=True)
+        other.set_group(group, Scoring())
+        other(queries[:, mine], queries[:, mine], v, tokens[:, mine], lengths)
+
+
+def test_causal_ulysses_equals_attention_over_positions(engines_on: Any) -> None:
+    causal_ulysses(1)
+    engines_on(2).run(causal_ulysses, 2)

@@ -34,7 +34,7 @@ def test_genome(tmp_path: Path) -> None:
         "genome.py", "--fasta", str(tmp_path / "small.fa"), "--out", str(tmp_path), "--k", "4", "--steps", "120",
         "--spans", "16", "--dim", "32", "--flank", "16", "--repeats", "1", "--device", "cpu",
     )  # fmt: skip
-    assert "28,800 bases" in printed
+    assert "28,800 bases" in printed and "a table of 4-mers" in printed
     found = results(tmp_path, "genome.png")
     assert found["models"][0]["name"] == "window and genome"
     assert all(model["bits"] < 1.8 for model in found["models"])  # composition alone: about 2
