@@ -1,8 +1,8 @@
 """How fast the GPU backends were measured: what `choose` ranks them by.
 
-TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36, by
-`examples/benchmarks/weighted_attention.py`. H200: ours and flash-attn-4 without weights at three lengths (csrc/NOTES.md); flash-attn-4
-with weights at 16k, and FlexAttention, at one length each, taken for all. H100: flash-attn-4 repeatable (examples/benchmarks/README.md).
+TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36
+(csrc/NOTES.md). Ours: one H100. flash-attn-4 without weights: its ratios to ours on an H100; repeatable: examples/benchmarks/README.md.
+flash-attn-4 with weights at 16k, and FlexAttention: one H200, at one length each, taken for all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ DIMS = (64, 128)
 
 # (backend, weighted, deterministic): for each of DIMS, at each of KEYS
 RATES: dict[tuple[str, bool, bool], tuple[tuple[int, ...], ...]] = {
-    ("hopper", True, False): ((394, 522, 557), (486, 609, 602)),
-    ("hopper", True, True): ((346, 430, 437), (452, 535, 517)),
-    ("flash4", False, False): ((404, 544, 582), (499, 643, 665)),
+    ("hopper", True, False): ((375, 510, 537), (444, 575, 584)),
+    ("hopper", True, True): ((338, 436, 452), (438, 539, 547)),
+    ("flash4", False, False): ((393, 540, 575), (478, 637, 663)),
     ("flash4", False, True): ((330, 515, 573), (440, 583, 638)),
     ("flash4", True, False): ((409, 409, 409), (472, 472, 472)),
     ("flex", True, False): ((337, 337, 337), (350, 350, 350)),
