@@ -1,6 +1,6 @@
 """Small launches of weighted attention for compute-sanitizer: every kind of walk, head_dim 64 and 128, both backwards.
 
-    compute-sanitizer --tool racecheck --print-limit 2000 python tests/gpu/weighted_attention_small.py [MODULE]
+compute-sanitizer --tool racecheck --print-limit 2000 python tests/gpu/weighted_attention_small.py [MODULE]
 """
 
 import importlib
@@ -21,7 +21,10 @@ def main():
     walks = {
         "full": (lengths, {}),
         "causal": (lengths, {"causal": True}),
-        "chunks": (chunks, {"cu_chunks": offsets([1, 2, 1, 1]), "k_visible": torch.tensor([1, 65, 200, 64, 0]).int().cuda()}),
+        "chunks": (
+            chunks,
+            {"cu_chunks": offsets([1, 2, 1, 1]), "k_visible": torch.tensor([1, 65, 200, 64, 0]).int().cuda()},
+        ),
     }
     for dim in (64, 128):
         for name, (lengths_q, masks) in walks.items():
