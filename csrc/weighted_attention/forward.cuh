@@ -210,15 +210,15 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
   const float factor = p.scale * kLog2e;
   float scores[kKeys / 2], out[kHeadDim / 2];
   uint32_t weights[kKeys / 4];
-  const auto queries = [&] { return shared_address(shared.q[at_q.stage]) + consumer * 64 * kPanelBytes; };
-  const auto multiply_keys = [&](int stage) {
-    multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, queries(), shared_address(shared.k[stage]), true);
-  };
 
   for (;;) {
     const ForwardWork& work = shared.schedule.look(next);
     const int key_tiles = work.key_tiles;
     if (key_tiles < 0) break;
+    const uint32_t q = shared_address(shared.q[at_q.stage]) + consumer * 64 * kPanelBytes;
+    const auto multiply_keys = [&](int stage) {
+      multiply_rows<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[stage]), true);
+    };
     // What this warpgroup's queries see: nothing where none exists, and causally the tiles up to the diagonal, which
     // alone needs a mask.
     int walk = consumer * 64 < work.queries ? key_tiles : 0;
@@ -268,14 +268,13 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
         wgmma_commit();
         wgmma_wait<1>();
         pin(scores);
-        const bool hopeful = softmax.settled && (!Shape::kCausal || n + 1 < walk);
-        if (!hopeful || !softmax.hopeful<kKeys>(scores, factor, Shape::kLimit)) {
-          if (hopeful) {
+        mask(n);
+        if (!softmax.settled || !softmax.hopeful<kKeys>(scores, factor, Shape::kLimit)) {
+          if (softmax.settled) {
             load_bias<kKeys>(scores, shared.bias[at.stage]);
-            multiply_rows_alone<T, kKeys, kHeadDim, kQueries, kKeys>(scores, queries(),
-                                                                     shared_address(shared.k[at.stage]));
+            multiply_rows_alone<T, kKeys, kHeadDim, kQueries, kKeys>(scores, q, shared_address(shared.k[at.stage]));
+            mask(n);
           }
-          mask(n);
           const bool moved = softmax.careful<kKeys>(scores, factor, rescale);
           if (moved) {
             wgmma_wait<0>();
