@@ -192,32 +192,36 @@ struct FoldKernel {
     const T* from_column = values + column();
     Accumulator a;
     bool entering = parts.head >= 0;
-    for (int at = begin; at < end; at += kAhead) {
+    const auto value = [&](int member) { return *reinterpret_cast<const Load*>(from_column + int64_t(member) * width); };
+    const auto close = [&](int segment, int behind) {
+      if (entering || (behind == end && parts.tail >= 0)) {
+        shared.parts[(2 * threadIdx.y + (entering ? 0 : 1)) * blockDim.x + threadIdx.x] = a;
+        entering = false;
+        if (behind == end) return;  // `previous` stays
+      } else {
+        finish(previous, segment, a, first + behind == s.members);
+      }
+      previous = segment;
+      a = Accumulator();
+    };
+    const int known = min(end, count);
+    for (int at = begin; at < known; at += kAhead) {
       int member[kAhead];
       Load x[kAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (at + j < end) {
-          member[j] = at + j < count ? entries[entry(at + j)].member : int(s.order[first + at + j]);
-          x[j] = *reinterpret_cast<const Load*>(from_column + int64_t(member[j] < 0 ? ~member[j] : member[j]) * width);
-        }
+      for (int j = 0; j < kAhead; ++j) member[j] = entries[entry(min(at + j, known - 1))].member;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) x[j] = value(member[j] < 0 ? ~member[j] : member[j]);
 #pragma unroll
       for (int j = 0; j < kAhead; ++j)
-        if (at + j < end) {
+        if (at + j < known) {
           a.add(x[j]);
-          if (member[j] < 0 || at + j + 1 == end) {
-            const int segment = at + j < count ? entries[entry(at + j)].segment : closing;
-            if (entering || (at + j + 1 == end && parts.tail >= 0)) {
-              shared.parts[(2 * threadIdx.y + (entering ? 0 : 1)) * blockDim.x + threadIdx.x] = a;
-              entering = false;
-              if (at + j + 1 == end) continue;
-            } else {
-              finish(previous, segment, a, first + at + j + 1 == s.members);
-            }
-            previous = segment;
-            a = Accumulator();
-          }
+          if (member[j] < 0 || at + j + 1 == end) close(entries[entry(at + j)].segment, at + j + 1);
         }
+    }
+    for (int at = known; at < end; ++at) {  // past the block
+      a.add(value(int(s.order[first + at])));
+      if (at + 1 == end) close(closing, end);
     }
   }
 
