@@ -6,16 +6,24 @@ namespace plan {
 namespace {
 
 using Short = BlockShape<128, 8, 2048, 8>;
-#ifdef TA_WIDE
-using Middle = BlockShape<1024, 4, 8192, 2>;
-#else
 using Middle = BlockShape<512, 8, 8192, 2>;
-#endif
-#ifdef TA_NARROW
-using Long = BlockShape<512, 32, 20480, 2>;
-#else
-using Long = BlockShape<1024, 16, 20480, 2>;
-#endif
+using Long = BlockShape<1024, 16, 24576, 1>;  // 224 KB: what a Hopper block can have
+
+// A launch that may start before the one ahead of it in the stream has ended (Hopper and later); see wait_for_launch_before.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
+                         const Arguments&... arguments) {
+  int device, major;
+  TA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  TA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
 
 template <class Shape>
 cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
@@ -41,7 +49,7 @@ size_t block_workspace_bytes(const Occurrences& x) { return sizeof(uint64_t) * x
 
 cudaError_t block_unique(const Occurrences& x, const Unique& out, void* workspace, cudaStream_t stream) {
   uint64_t* states = static_cast<uint64_t*>(workspace);
-  extents_kernel<<<1, kExtentThreads, 0, stream>>>(x, out, states, x.samples, nullptr, 0);
+  extents_kernel<<<1, kExtentThreads, 0, stream>>>(x, out, states, x.samples);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (x.samples > 0) {
     if (x.length <= Short::kLongest)

@@ -8,7 +8,6 @@ namespace plan {
 
 constexpr unsigned kFull = 0xffffffffu;
 constexpr int kThreads = 256;
-constexpr uint32_t kEmpty = 0xffffffffu;  // a slot of a hash table
 
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane()) - 1; }
@@ -49,33 +48,6 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
   return x * 0xc4ceb9fe1a85ec53ull;
 }
 
-// Decoupled look-back (Merrill and Garland 2016): each block publishes its rows, or those through it, and the next ones add up.
-constexpr uint64_t kOwn = uint64_t(1) << 62, kThrough = uint64_t(2) << 62, kValue = kOwn - 1;
-
-__device__ __forceinline__ void publish(uint64_t* state, uint64_t flag, uint64_t value) {
-  __threadfence();
-  *reinterpret_cast<volatile uint64_t*>(state) = flag | value;
-}
-
-// By one warp: the rows of all blocks before `block`.
-__device__ __forceinline__ int64_t rows_before(const uint64_t* states, int64_t block) {
-  int64_t total = 0;
-  for (int64_t last = block - 1; last >= 0; last -= 32) {
-    const int64_t b = last - lane();
-    uint64_t state = kThrough;  // before the first block: 0 rows
-    if (b >= 0)
-      while (((state = *reinterpret_cast<const volatile uint64_t*>(states + b)) & ~kValue) == 0) __nanosleep(20);
-    const unsigned through = __ballot_sync(kFull, (state & kThrough) != 0);
-    const int stop = through ? __ffs(through) - 1 : 31;
-    int64_t value = lane() <= stop ? int64_t(state & kValue) : 0;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(kFull, value, d);
-    total += value;
-    if (through) break;
-  }
-  return total;
-}
-
 // Programmatic dependent launch (Hopper and later): a kernel launched with it starts once all blocks of the one before have called
 // let_next_launch or ended, and sees what that one wrote behind wait_for_launch_before.
 __device__ __forceinline__ void let_next_launch() {
@@ -89,21 +61,15 @@ __device__ __forceinline__ void wait_for_launch_before() {
 #endif
 }
 
-// The first block: bounds of the samples among the occurrences, the sizes that need no tokens, and look-back states to 0. Malformed
-// extents give no occurrences at all, so that nothing is read or written out of place. The other blocks empty a hash table.
+// One block: bounds of the samples among the occurrences, and the sizes that need no tokens. Malformed extents give no
+// occurrences at all, so that nothing is read or written out of place.
 constexpr int kExtentThreads = 1024;
-static __global__ void __launch_bounds__(kExtentThreads)
-    extents_kernel(const Occurrences x, const Unique out, uint64_t* states, int64_t blocks, uint4* table, int64_t vectors) {
-  let_next_launch();
-  if (blockIdx.x > 0) {
-    const int64_t stride = int64_t(gridDim.x - 1) * kExtentThreads;
-    for (int64_t i = int64_t(blockIdx.x - 1) * kExtentThreads + threadIdx.x; i < vectors; i += stride)
-      table[i] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-    return;
-  }
+static __global__ void __launch_bounds__(kExtentThreads) extents_kernel(const Occurrences x, const Unique out, uint64_t* clear,
+                                                                 int64_t clears) {
   __shared__ int64_t shared[33];
   __shared__ int64_t lowest[32], highest[32];
-  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) states[i] = 0;
+  let_next_launch();
+  for (int64_t i = threadIdx.x; i < clears; i += blockDim.x) clear[i] = 0;
   int64_t low = INT64_MAX, high = INT64_MIN, before = 0;
   for (int64_t first = 0; first < x.samples; first += blockDim.x) {
     const int64_t b = first + threadIdx.x;
@@ -137,22 +103,6 @@ static __global__ void __launch_bounds__(kExtentThreads)
   out.sizes[kHighest] = x.samples == 0 ? 0 : high;
   out.sizes[kWellFormed] = fine;
   if (x.samples == 0) out.cu_seqlens[0] = 0, out.offsets[0] = 0;
-}
-
-// A launch that may start before the one ahead of it in the stream has ended (Hopper and later); see wait_for_launch_before.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
-                         const Arguments&... arguments) {
-  int device, major;
-  TA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  TA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 static __global__ void __launch_bounds__(kThreads) tails_kernel(const Occurrences x, const Unique out) {
