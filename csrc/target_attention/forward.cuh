@@ -40,7 +40,7 @@ class MmaForward {
   static constexpr int kBytes = kDim * int(sizeof(T)) * (kOneTable ? 1 : 2);  // of a key
 
  public:
-  using Shape = TileShape<T, kDim, !kWide && kBytes <= 256 ? 32 : 16, kDim * kGroups <= 128 ? 3 : 2, kOneTable>;
+  using Shape = TileShape<T, kDim, !kWide && kBytes <= 256 ? 32 : 16, kDim * kGroups <= 128 && kBytes <= 512 ? 3 : 2, kOneTable>;
   static constexpr int kRows = 16 * kGroups, kBlocks = kBytes <= 512 ? 2 : 1;
 
   __device__ MmaForward(const Problem& p, const QueryRows& rows, int first, const T* q)
