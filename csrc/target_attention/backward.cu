@@ -22,32 +22,25 @@ cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
 template <class T>
 cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* rows, cudaStream_t stream) {
   if (b.p.table == 0) return cudaSuccess;
-  sum_members_kernel<T><<<(b.p.table + kSumWarps - 1) / kSumWarps, 32 * kSumWarps, 0, stream>>>(
+  sum_members_kernel<T><<<(b.p.table + kSumWarps * kSumRows - 1) / (kSumWarps * kSumRows), 32 * kSumWarps, 0, stream>>>(
       members, b.g.order, b.g.offsets, static_cast<T*>(rows), b.p.table, int64_t(b.p.heads_kv) * b.p.head_dim, b.direct);
   return cudaGetLastError();
 }
 
-// Query rows that a block of each kind takes at a time.
-template <typename T, int kDim>
-constexpr int rows_at_once(int row_slots) {
-  if (sizeof(T) == 4) return row_slots <= 4 ? 4 : kDim <= 128 ? 16 : 8;
-  return row_slots <= 16 || kDim > 128 ? 16 : 32;
+template <typename T, int kDim, int kGroups, bool kOneTable>
+cudaError_t launch_weights(const BackwardParameters& parameters, cudaStream_t stream) {
+  return is_plain(parameters.p) && parameters.g.dweight == nullptr
+             ? launch<MmaBackward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
+             : launch<MmaBackward<T, kDim, kGroups, kOneTable, false>>(parameters, stream);
 }
 
 template <typename T, int kDim, bool kOneTable>
 cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
-  const int rows = rows_at_once<T, kDim>(parameters.row_slots);
+  const int rows = parameters.row_slots <= 16 || kDim > 128 ? 16 : 32;  // at a time
   parameters.direct = parameters.row_slots <= rows;
-  if constexpr (sizeof(T) == 4) {
-    if constexpr (kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
-    else if (rows == 4) TA_RETURN_IF_ERROR((launch<ScalarBackward<kDim, 4, kOneTable>>(parameters, stream)));
-    else TA_RETURN_IF_ERROR((launch<ScalarBackward<kDim, kDim <= 128 ? 16 : 8, kOneTable>>(parameters, stream)));
-  } else if constexpr (kDim <= 128) {
-    if (rows == 16) TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 1, kOneTable>>(parameters, stream)));
-    else TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 2, kOneTable>>(parameters, stream)));
-  } else {
-    TA_RETURN_IF_ERROR((launch<MmaBackward<T, kDim, 1, kOneTable>>(parameters, stream)));
-  }
+  if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
+  else if (rows == 16) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 1, kOneTable>(parameters, stream)));
+  else if constexpr (kDim <= 128) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 2, kOneTable>(parameters, stream)));
   const Problem& p = parameters.p;
   if (p.queries > 0 && p.keys > parameters.chunks.length) {  // otherwise no sample has two chunks
     merge_dq_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);

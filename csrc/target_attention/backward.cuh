@@ -4,7 +4,6 @@
 #pragma once
 
 #include "mma.cuh"
-#include "scalar.cuh"
 
 namespace target_attention {
 
@@ -29,13 +28,13 @@ struct PairGradient {
 };
 
 // score: q.k before scaling; dp: dout.v; lse to base 2; delta: dout.out - dlse
+template <bool kSoftmax>
 __device__ __forceinline__ PairGradient pair_gradient(const Problem& problem, float score, float dp, float w, float lse,
                                                       float delta) {
-  if (problem.normaliser == Normaliser::kSoftmax) {
-    if (w == -CUDART_INF_F) return {0.f, 0.f, 0.f};
-    const float p = exp2f(score * (problem.scale * kLog2e) + (w * kLog2e - lse));
+  if (kSoftmax || problem.normaliser == Normaliser::kSoftmax) {
+    const float p = power_of_two(score * (problem.scale * kLog2e) + (w * kLog2e - lse));
     const float ds = p * (dp - delta);
-    return {p, ds, ds};
+    return w == -CUDART_INF_F ? PairGradient{0.f, 0.f, 0.f} : PairGradient{p, ds, ds};
   }
   const float x = score * problem.scale;
   float a = x, slope = 1.f;
@@ -68,7 +67,7 @@ struct RowWriter {
       if constexpr (kCount == 2)
         *reinterpret_cast<uint32_t*>(to) = Half<T>::pack(x[0], x[1]);
       else
-        *to = x[0];
+        store_four(to, make_float4(x[0], x[1], x[2], x[3]));
       return;
     }
     float* to = (table == 0 ? b.dk_members : b.dv_members) +
@@ -81,7 +80,12 @@ struct RowWriter {
       }
       *reinterpret_cast<float2*>(to) = sum;
     } else {
-      *to = add ? *to + x[0] : x[0];
+      float4 sum = make_float4(x[0], x[1], x[2], x[3]);
+      if (add) {
+        const float4 before = *reinterpret_cast<const float4*>(to);
+        sum = make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+      }
+      store_four(to, sum);
     }
   }
 };
@@ -114,12 +118,15 @@ struct QueryTile {
   }
 };
 
-template <typename T, int kDim, int kGroups, bool kOneTable>
+// kPlain: is_plain, and no gradient of weights.
+template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain>
 class MmaBackward {
+  static constexpr bool kWide = sizeof(T) == 4;
+
  public:
-  using Shape = TileShape<T, kDim, kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
+  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
   static constexpr int kRows = 16 * kGroups, kBlocks = 2;
-  static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + 8;
+  static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
     alignas(16) T p[kRows * kCoefficients], ds[kRows * kCoefficients];  // (query rows, keys)
   };
@@ -148,16 +155,17 @@ class MmaBackward {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = g * 16 + row_of(i), column = column_of(n, i);
-          const float w = weights_(stage, key, keys_left, g, n, i);
-          if (w != -CUDART_INF_F) absent &= ~(1u << (n * 2 + i % 2));
-          const PairGradient pair = pair_gradient(b_.p, p[g][n][i], ds[g][n][i], w, tile_.lse[row], tile_.delta[row]);
-          if (b_.g.dweight != nullptr && weights_.exists(g, i / 2) && column < keys_left)
+          const float w = kPlain ? weights_.of_key(stage, n, i) : weights_(stage, key, keys_left, g, n, i);
+          if (!kPlain && w != -CUDART_INF_F) absent &= ~(1u << (n * 2 + i % 2));
+          const PairGradient pair =
+              pair_gradient<kPlain>(b_.p, p[g][n][i], ds[g][n][i], w, tile_.lse[row], tile_.delta[row]);
+          if (!kPlain && b_.g.dweight != nullptr && weights_.exists(g, i / 2) && column < keys_left)
             b_.g.dweight[(int64_t(key + column) * b_.p.targets + rows_.target(first_ + row)) * b_.p.heads +
                          rows_.head_of(first_ + row)] = pair.dw;
           p[g][n][i] = pair.p;
           ds[g][n][i] = pair.ds * b_.p.scale;
         }
-    if (b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
+    if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     accumulate<Shape, kGroups>(dq_, ds, stage.k());
     hand_over(p, scratch_.p);
     hand_over(ds, scratch_.ds);
@@ -165,16 +173,7 @@ class MmaBackward {
     write_rows(stage, key);
   }
 
-  __device__ void store(float* dq) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(dq + (g * 16 + row_of(2 * half)) * kDim + column_of(d, 0)) =
-              make_float2(dq_[g][d][2 * half], dq_[g][d][2 * half + 1]);
-  }
+  __device__ void store(float* dq) { store_sums<T, kDim, kGroups>(dq, dq_); }
 
  private:
   // Accumulators to shared memory, for the products whose rows are keys.
@@ -184,13 +183,61 @@ class MmaBackward {
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(to + (g * 16 + row_of(2 * half)) * kCoefficients + column_of(n, 0)) =
-              Half<T>::pack(c[g][n][2 * half], c[g][n][2 * half + 1]);
+        for (int half = 0; half < 2; ++half) {
+          T* const pair = to + (g * 16 + row_of(2 * half)) * kCoefficients + column_of(n, 0);
+          if constexpr (kWide)
+            *reinterpret_cast<float2*>(pair) = make_float2(c[g][n][2 * half], c[g][n][2 * half + 1]);
+          else
+            *reinterpret_cast<uint32_t*>(pair) = Half<T>::pack(c[g][n][2 * half], c[g][n][2 * half + 1]);
+        }
   }
 
   // dk = ds^T q and dv = p^T dout of the tile's keys, added when they share a table.
   __device__ void write_rows(const typename Shape::Stage& stage, int key) {
+    if constexpr (kWide)
+      write_wide_rows(stage, key);
+    else
+      write_half_rows(stage, key);
+  }
+
+  // Places t and t + 4 of a product's inner eight are query rows 2 t and 2 t + 1, columns those of column_of_sum: see tf32.cuh.
+  __device__ void write_wide_rows(const typename Shape::Stage& stage, int key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int d = 0; d < kDim; d += 32) {
+      float dk[4][4] = {}, dv[4][4] = {};
+      auto& values = kOneTable ? dk : dv;
+#pragma unroll
+      for (int r = 0; r < kRows; r += 8) {
+        const int row = r + lane % 4 * 2, from = row * kStride + d + lane / 4 * 4;
+        add_product(dk, scratch_.ds + row * kCoefficients, tile_.q + from);
+        add_product(values, scratch_.p + row * kCoefficients, tile_.dout + from);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int slot = row_of(i), column = d + column_of_sum<T>(0, i);
+        writer_.write(stage, key, slot, column, 0, {dk[0][i], dk[1][i], dk[2][i], dk[3][i]});
+        if (!kOneTable) writer_.write(stage, key, slot, column, 1, {dv[0][i], dv[1][i], dv[2][i], dv[3][i]});
+      }
+    }
+  }
+
+  // c (16 keys x 32 columns) += coefficients^T rows, over eight query rows of which a lane holds two.
+  static __device__ __forceinline__ void add_product(float (&c)[4][4], const float* coefficients, const float* rows) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Parts parts = parts_of(__float_as_uint(coefficients[i / 2 * kCoefficients + row_of(i % 2 * 2)]));
+      high[i] = parts.high, low[i] = parts.low;
+    }
+    const uint4 even = *reinterpret_cast<const uint4*>(rows), odd = *reinterpret_cast<const uint4*>(rows + kStride);
+    const Parts b0[4] = {parts_of(even.x), parts_of(even.y), parts_of(even.z), parts_of(even.w)};
+    const Parts b1[4] = {parts_of(odd.x), parts_of(odd.y), parts_of(odd.z), parts_of(odd.w)};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply_parts(c[j], c[j], high, low, b0[j], b1[j]);
+  }
+
+  __device__ void write_half_rows(const typename Shape::Stage& stage, int key) {
     constexpr int kTiles = kTile / 16;
     const int lane = threadIdx.x % 32;
     Fragment p[kTiles][kGroups], ds[kTiles][kGroups];
@@ -242,105 +289,6 @@ class MmaBackward {
   float dq_[kGroups][kDim / 8][4];
 };
 
-template <int kDim, int kRows_, bool kOneTable>
-class ScalarBackward {
- public:
-  using Shape = TileShape<float, kDim, 16, 2, kOneTable, true>;
-  static constexpr int kRows = kRows_, kBlocks = 2, kStride = Shape::kStride, kColumns = kDim / 32;
-  struct Scratch {
-    alignas(16) float p[kRows][16], ds[kRows][16];
-  };
-
-  __device__ ScalarBackward(const BackwardParameters& b, const QueryRows& rows, int first,
-                            const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
-      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch),
-        per_pair_(weights_of(b.p) == Weights::kPerPair), writer_{b, head_kv, first > 0} {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) dq_[r][c] = 0.f;
-  }
-
-  __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
-    const int lane = threadIdx.x % 32, column = lane % 16;
-    float p[kRows], ds[kRows];
-    dots<Shape, kRows>(p, tile_.q, stage.k());
-    dots<Shape, kRows>(ds, tile_.dout, stage.v());
-    bool seen = false;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const bool exists = first_ + r < rows_.count && column < keys_left;
-      float w = stage.weight[column];
-      if (per_pair_ && exists)
-        w = b_.p.weight[rows_.weight_offset(b_.p, first_ + r) + (key + column) * b_.p.weight_stride_key];
-      else if (per_pair_ && b_.p.normaliser == Normaliser::kSoftmax)
-        w = -CUDART_INF_F;
-      seen |= w != -CUDART_INF_F;
-      const PairGradient pair = pair_gradient(b_.p, p[r], ds[r], w, tile_.lse[r], tile_.delta[r]);
-      if (b_.g.dweight != nullptr && exists && lane < 16)
-        b_.g.dweight[(int64_t(key + column) * b_.p.targets + rows_.target(first_ + r)) * b_.p.heads +
-                     rows_.head_of(first_ + r)] = pair.dw;
-      if (lane < 16) scratch_.p[r][column] = pair.p, scratch_.ds[r][column] = pair.ds * b_.p.scale;
-    }
-    const uint32_t visible = __ballot_sync(~0u, seen) & 0xffff;
-    __syncwarp();
-#pragma unroll 4
-    for (int k = 0; k < 16; ++k) {
-      if ((visible >> k & 1) == 0) continue;
-      float row[kColumns];
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) row[c] = stage.k()[k * kStride + c * 32 + lane];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) dq_[r][c] += scratch_.ds[r][k] * row[c];
-    }
-    for (int c = 0; c < kDim; c += 64) {
-      write_rows<true, kOneTable>(stage, key, c + lane, 0);
-      if (!kOneTable) write_rows<false, true>(stage, key, c + lane, 1);
-    }
-    __syncwarp();
-  }
-
-  __device__ void store(float* dq) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) dq[r * kDim + c * 32 + threadIdx.x % 32] = dq_[r][c];
-  }
-
- private:
-  // Two columns of what the tile's keys receive: through the scores, the values, or both.
-  template <bool kScores, bool kValues>
-  __device__ void write_rows(const typename Shape::Stage& stage, int key, int column, int table) {
-    float sum[16][2] = {};
-#pragma unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float q = tile_.q[r * kStride + column + c * 32], dout = tile_.dout[r * kStride + column + c * 32];
-#pragma unroll
-        for (int k = 0; k < 16; ++k) {
-          if (kScores) sum[k][c] += scratch_.ds[r][k] * q;
-          if (kValues) sum[k][c] += scratch_.p[r][k] * dout;
-        }
-      }
-#pragma unroll
-    for (int k = 0; k < 16; ++k)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) writer_.write(stage, key, k, column + c * 32, table, {sum[k][c]});
-  }
-
-  const BackwardParameters& b_;
-  const QueryRows& rows_;
-  int first_;
-  const QueryTile<Shape, kRows>& tile_;
-  Scratch& scratch_;
-  bool per_pair_;
-  RowWriter<Shape> writer_;
-  float dq_[kRows][kColumns];
-};
-
 template <class Worker>
 struct BackwardShared {
   using Shape = typename Worker::Shape;
@@ -348,7 +296,7 @@ struct BackwardShared {
   typename Worker::Scratch scratch[kWarps];
   union {
     typename Shape::Stage stages[kWarps][Shape::kStages];
-    float dq[kWarps][Worker::kRows * Shape::kDim];
+    float dq[kWarps][Worker::kRows * kSumStride<Shape::kDim>];
   };
 };
 
@@ -378,15 +326,16 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
       worker.store(shared.dq[warp]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < Worker::kRows * Shape::kDim; i += kThreads) {
-      const int row = first + i / Shape::kDim, d = i % Shape::kDim;
-      if (row >= rows.count || d >= p.head_dim) continue;
-      float sum = 0.f;
-      for (int w = 0; w < kWarps; ++w) sum += shared.dq[w][i];
+    const int pieces = p.head_dim / 4, here = min(Worker::kRows, rows.count - first);
+    for (int i = threadIdx.x; i < here * pieces; i += kThreads) {
+      const int r = i / pieces, d = i % pieces * 4;
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int w = 0; w < kWarps; ++w)
+        add_four(sum, *reinterpret_cast<const float4*>(&shared.dq[w][r * kSumStride<Shape::kDim> + d]));
       if (chunk.count > 1)
-        b.partial_dq[b.partial(blockIdx.x, head_kv, row) * p.head_dim + d] = sum;
+        store_four(b.partial_dq + b.partial(blockIdx.x, head_kv, first + r) * p.head_dim + d, sum);
       else
-        static_cast<typename Shape::T*>(b.g.dq)[rows.index(p, row) * p.head_dim + d] = narrow<typename Shape::T>(sum);
+        store_four(static_cast<typename Shape::T*>(b.g.dq) + rows.index(p, first + r) * p.head_dim + d, sum);
     }
     __syncthreads();
     first += Worker::kRows;
@@ -409,8 +358,7 @@ __global__ void __launch_bounds__(kThreads) merge_dq_kernel(const BackwardParame
 #pragma unroll 4
     for (int c = 0; c < count; ++c) {
       const int64_t part = b.partial(slot + c, head / share, row);
-      const float4 x = *reinterpret_cast<const float4*>(b.partial_dq + part * p.head_dim + d);
-      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      add_four(sum, *reinterpret_cast<const float4*>(b.partial_dq + part * p.head_dim + d));
     }
     store_four(static_cast<T*>(b.g.dq) + int64_t(at) * p.head_dim + d, sum);
   }

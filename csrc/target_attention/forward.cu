@@ -17,15 +17,21 @@ cudaError_t launch(const ForwardParameters& parameters, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <typename T, int kDim, int kGroups, bool kOneTable>
+cudaError_t launch_weights(const ForwardParameters& parameters, cudaStream_t stream) {
+  return is_plain(parameters.p) ? launch<MmaForward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
+                                : launch<MmaForward<T, kDim, kGroups, kOneTable, false>>(parameters, stream);
+}
+
 template <typename T, int kDim, bool kOneTable>
 cudaError_t launch_rows(const ForwardParameters& parameters, cudaStream_t stream) {
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) {
     return cudaErrorInvalidValue;
   } else if constexpr (kDim <= 128) {
-    return parameters.row_slots <= 16 ? launch<MmaForward<T, kDim, 1, kOneTable>>(parameters, stream)
-                                      : launch<MmaForward<T, kDim, 2, kOneTable>>(parameters, stream);
+    return parameters.row_slots <= 16 ? launch_weights<T, kDim, 1, kOneTable>(parameters, stream)
+                                      : launch_weights<T, kDim, 2, kOneTable>(parameters, stream);
   } else {
-    return launch<MmaForward<T, kDim, 1, kOneTable>>(parameters, stream);
+    return launch_weights<T, kDim, 1, kOneTable>(parameters, stream);
   }
 }
 

@@ -33,8 +33,8 @@ __device__ __forceinline__ float rescale(float from, float to) {
 // than this, and no lane asks another until then.
 constexpr float kSlack = 8.f;
 
-// State of a warp: kGroups x 16 query rows.
-template <typename T, int kDim, int kGroups, bool kOneTable>
+// State of a warp: kGroups x 16 query rows. kPlain: see is_plain.
+template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain>
 class MmaForward {
   static constexpr bool kWide = sizeof(T) == 4;
   static constexpr int kBytes = kDim * int(sizeof(T)) * (kOneTable ? 1 : 2);  // of a key
@@ -42,7 +42,6 @@ class MmaForward {
  public:
   using Shape = TileShape<T, kDim, !kWide && kBytes <= 256 ? 32 : 16, kDim * kGroups <= 128 && kBytes <= 512 ? 3 : 2, kOneTable>;
   static constexpr int kRows = 16 * kGroups, kBlocks = kBytes <= 512 ? 2 : 1;
-  static constexpr int kOutStride = kDim + 8;  // sums in shared memory: rows start 8 banks apart
 
   __device__ MmaForward(const Problem& p, const QueryRows& rows, int first, const T* q)
       : p_(p), q_(q), weights_(p, rows, first) {
@@ -60,7 +59,9 @@ class MmaForward {
   __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
     float s[kGroups][kKeys][4];
     score<Shape, kGroups>(s, q_, stage.k());
-    if (p_.normaliser != Normaliser::kSoftmax)
+    if (kPlain)
+      softmax<false>(s, stage, key, keys_left);
+    else if (p_.normaliser != Normaliser::kSoftmax)
       pointwise(s, stage, key, keys_left);
     else if (weights_.per_pair())
       softmax<true>(s, stage, key, keys_left);
@@ -69,7 +70,7 @@ class MmaForward {
     accumulate<Shape, kGroups>(out_, s, stage.v());
   }
 
-  // Sums and bases of rows to shared memory: out (kRows, kOutStride), base and total (kRows,).
+  // To shared memory: out as store_sums leaves it, base and total (kRows,).
   __device__ void store(float* out, float* base, float* total) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -79,20 +80,8 @@ class MmaForward {
         const float sum = quad_sum(total_[g][half]);
         const int row = g * 16 + row_of(2 * half);
         if (lane % 4 == 0) base[row] = base_[g][half], total[row] = sum;
-        if (!weights_.exists(g, half)) continue;
-        constexpr int kTogether = kWide ? 4 : 1;  // see column_of_sum
-#pragma unroll
-        for (int d = 0; d < kDim / 8; d += kTogether)
-          if constexpr (kWide) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i)
-              store_four(out + row * kOutStride + column_of_sum<T>(d, i),
-                         make_float4(out_[g][d][i], out_[g][d + 1][i], out_[g][d + 2][i], out_[g][d + 3][i]));
-          } else {
-            *reinterpret_cast<float2*>(out + row * kOutStride + column_of_sum<T>(d, 0)) =
-                make_float2(out_[g][d][2 * half], out_[g][d][2 * half + 1]);
-          }
       }
+    store_sums<T, kDim, kGroups>(out, out_);
   }
 
  private:
@@ -176,7 +165,7 @@ struct ForwardShared {
   float worth[kWarps][Worker::kRows];  // what a warp's sums count for in the block's
   union {
     typename Shape::Stage stages[kWarps][Shape::kStages];
-    float out[kWarps][Worker::kRows * Worker::kOutStride];  // once every warp has read its keys
+    float out[kWarps][Worker::kRows * kSumStride<Shape::kDim>];  // once every warp has read its keys
   };
 };
 
@@ -242,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) forward_kernel(cons
     const int r = i / pieces, d = i % pieces * 4;
     float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
     for (int w = 0; w < kWarps; ++w)
-      add_scaled(out, *reinterpret_cast<const float4*>(&shared.out[w][r * Worker::kOutStride + d]), shared.worth[w][r]);
+      add_scaled(out, *reinterpret_cast<const float4*>(&shared.out[w][r * kSumStride<Shape::kDim> + d]), shared.worth[w][r]);
     if (chunk.count > 1) {
       store_four(parameters.partial_out + parameters.partial(blockIdx.x, head_kv, first + r) * p.head_dim + d, out);
       continue;

@@ -77,6 +77,30 @@ __device__ __forceinline__ void accumulate(float (&c)[kGroups][Shape::kDim / 8][
   }
 }
 
+// Sums of `accumulate` to (rows, kDim), rows kSumStride<kDim> apart: 8 banks.
+template <int kDim>
+constexpr int kSumStride = kDim + 8;
+
+template <typename T, int kDim, int kGroups>
+__device__ __forceinline__ void store_sums(float* to, const float (&c)[kGroups][kDim / 8][4]) {
+  constexpr int kTogether = sizeof(T) == 4 ? 4 : 1;  // see column_of_sum
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+    for (int d = 0; d < kDim / 8; d += kTogether)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const row = to + (g * 16 + row_of(2 * half)) * kSumStride<kDim>;
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i)
+            store_four(row + column_of_sum<T>(d, i), make_float4(c[g][d][i], c[g][d + 1][i], c[g][d + 2][i], c[g][d + 3][i]));
+        } else {
+          *reinterpret_cast<float2*>(row + column_of_sum<T>(d, 0)) = make_float2(c[g][d][2 * half], c[g][d][2 * half + 1]);
+        }
+      }
+}
+
 // The weights of a tile's pairs in the accumulator layout, and which rows of this lane exist.
 template <class Shape, int kGroups>
 class PairWeights {

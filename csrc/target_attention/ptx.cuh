@@ -106,6 +106,8 @@ __device__ __forceinline__ void store_four<__nv_bfloat16>(__nv_bfloat16* to, flo
   *reinterpret_cast<uint2*>(to) = make_uint2(Half<__nv_bfloat16>::pack(x.x, x.y), Half<__nv_bfloat16>::pack(x.z, x.w));
 }
 
+__device__ __forceinline__ void add_four(float4& sum, float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; }
+
 // Sum over the four lanes that share the rows of an accumulator.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);

@@ -72,6 +72,11 @@ __device__ __forceinline__ Weights weights_of(const Problem& p) {
   return p.q_chunk == nullptr && p.weight_stride_head == 0 ? Weights::kPerKey : Weights::kPerPair;
 }
 
+// Softmax whose weights the tile brings, the common case: compiled apart, so that the others' branches cost it nothing.
+inline bool is_plain(const Problem& p) {
+  return p.normaliser == Normaliser::kSoftmax && (p.weight == nullptr || (p.q_chunk == nullptr && p.weight_stride_head == 0));
+}
+
 // ---- queries ---------------------------------------------------------------------------------
 
 // The rows that meet the keys of one (sample, kv head): all targets of the sample times the query heads of the group.
