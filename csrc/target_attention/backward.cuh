@@ -46,32 +46,41 @@ __device__ __forceinline__ PairGradient pair_gradient(const Problem& problem, fl
   return {w * a, w * slope * dp, a * dp};
 }
 
-// Where a key's part of a table gradient goes: columns of one head.
+// Where a key's part of a table gradient goes, one head of it: looked up once a tile, written column by column.
 template <class Shape>
 struct RowWriter {
   using T = typename Shape::T;
+  struct Place {
+    char* to;
+    bool direct;   // into the table's gradient
+    bool present;  // not past the end
+  };
   const BackwardParameters& b;
   int head_kv;
   bool add;  // to what an earlier group of query rows left
 
   // slot: of the key in the stage; table: 0 for keys, 1 for values
-  template <int kCount>
-  __device__ void write(const typename Shape::Stage& stage, int key, int slot, int column, int table,
-                        const float (&x)[kCount]) const {
-    if (column >= b.p.head_dim) return;
+  __device__ Place place(const typename Shape::Stage& stage, int key, int slot, int table) const {
     const int row = stage.row[slot];
-    if (row < 0) return;  // past the end
-    if (b.direct && stage.members[slot][1] - stage.members[slot][0] == 1) {
-      T* to = static_cast<T*>(table == 0 ? b.g.dk_table : b.g.dv_table) +
-              (int64_t(row) * b.p.heads_kv + head_kv) * b.p.head_dim + column;
+    const bool direct = b.direct && stage.members[slot][1] - stage.members[slot][0] == 1;
+    const int64_t at = (int64_t(direct ? row : key + slot) * b.p.heads_kv + head_kv) * b.p.head_dim;
+    char* const whole = static_cast<char*>(table == 0 ? b.g.dk_table : b.g.dv_table);
+    char* const parts = reinterpret_cast<char*>(table == 0 ? b.dk_members : b.dv_members);
+    return {(direct ? whole : parts) + at * int64_t(direct ? sizeof(T) : sizeof(float)), direct, row >= 0};
+  }
+
+  template <int kCount>
+  __device__ void write(const Place& place, int column, const float (&x)[kCount]) const {
+    if (!place.present || column >= b.p.head_dim) return;
+    if (place.direct) {
+      T* to = reinterpret_cast<T*>(place.to) + column;
       if constexpr (kCount == 2)
         *reinterpret_cast<uint32_t*>(to) = Half<T>::pack(x[0], x[1]);
       else
         store_four(to, make_float4(x[0], x[1], x[2], x[3]));
       return;
     }
-    float* to = (table == 0 ? b.dk_members : b.dv_members) +
-                (int64_t(key + slot) * b.p.heads_kv + head_kv) * b.p.head_dim + column;
+    float* to = reinterpret_cast<float*>(place.to) + column;
     if constexpr (kCount == 2) {
       float2 sum = make_float2(x[0], x[1]);
       if (add) {
@@ -81,10 +90,7 @@ struct RowWriter {
       *reinterpret_cast<float2*>(to) = sum;
     } else {
       float4 sum = make_float4(x[0], x[1], x[2], x[3]);
-      if (add) {
-        const float4 before = *reinterpret_cast<const float4*>(to);
-        sum = make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
-      }
+      if (add) add_four(sum, *reinterpret_cast<const float4*>(to));
       store_four(to, sum);
     }
   }
@@ -176,6 +182,9 @@ class MmaBackward {
   __device__ void store(float* dq) { store_sums<T, kDim, kGroups>(dq, dq_); }
 
  private:
+  using Place = typename RowWriter<Shape>::Place;
+  static constexpr int kTables = kOneTable ? 1 : 2;
+
   // Accumulators to shared memory, for the products whose rows are keys.
   __device__ void hand_over(const float (&c)[kGroups][kTile / 8][4], T* to) {
 #pragma unroll
@@ -203,6 +212,11 @@ class MmaBackward {
   // Places t and t + 4 of a product's inner eight are query rows 2 t and 2 t + 1, columns those of column_of_sum: see tf32.cuh.
   __device__ void write_wide_rows(const typename Shape::Stage& stage, int key) {
     const int lane = threadIdx.x % 32;
+    Place places[kTables][2];
+#pragma unroll
+    for (int t = 0; t < kTables; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) places[t][half] = writer_.place(stage, key, row_of(2 * half), t);
 #pragma unroll 1
     for (int d = 0; d < kDim; d += 32) {
       float dk[4][4] = {}, dv[4][4] = {};
@@ -215,9 +229,9 @@ class MmaBackward {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int slot = row_of(i), column = d + column_of_sum<T>(0, i);
-        writer_.write(stage, key, slot, column, 0, {dk[0][i], dk[1][i], dk[2][i], dk[3][i]});
-        if (!kOneTable) writer_.write(stage, key, slot, column, 1, {dv[0][i], dv[1][i], dv[2][i], dv[3][i]});
+        const int column = d + column_of_sum<T>(0, i);
+        writer_.write(places[0][i / 2], column, {dk[0][i], dk[1][i], dk[2][i], dk[3][i]});
+        if (!kOneTable) writer_.write(places[kTables - 1][i / 2], column, {dv[0][i], dv[1][i], dv[2][i], dv[3][i]});
       }
     }
   }
@@ -240,6 +254,14 @@ class MmaBackward {
   __device__ void write_half_rows(const typename Shape::Stage& stage, int key) {
     constexpr int kTiles = kTile / 16;
     const int lane = threadIdx.x % 32;
+    Place places[kTables][kTiles][2];
+#pragma unroll
+    for (int t = 0; t < kTables; ++t)
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          places[t][m][half] = writer_.place(stage, key, m * 16 + row_of(2 * half), t);
     Fragment p[kTiles][kGroups], ds[kTiles][kGroups];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
@@ -272,9 +294,10 @@ class MmaBackward {
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int slot = m * 16 + row_of(2 * half), column = d + column_of(n, 0);
-            writer_.write(stage, key, slot, column, 0, {dk[m][n][2 * half], dk[m][n][2 * half + 1]});
-            if (!kOneTable) writer_.write(stage, key, slot, column, 1, {dv[m][n][2 * half], dv[m][n][2 * half + 1]});
+            const int column = d + column_of(n, 0);
+            writer_.write(places[0][m][half], column, {dk[m][n][2 * half], dk[m][n][2 * half + 1]});
+            if (!kOneTable)
+              writer_.write(places[kTables - 1][m][half], column, {dv[m][n][2 * half], dv[m][n][2 * half + 1]});
           }
     }
   }
