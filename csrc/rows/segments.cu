@@ -1,32 +1,47 @@
 // Launches segmented reductions and their transpose.
+
 #include "segments.cuh"
 
 namespace rows {
 namespace {
 
+constexpr int widest(size_t element_bytes) {
+  return element_bytes == 8 ? 2 : 4;
+}
+
+int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
+
+// Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
+Deal deal_out(const Segments& s, int64_t width, int vector) {
+  Deal deal{lanes_for(width / vector), 2, 0};
+  const int64_t wanted = s.members * deal.lanes >> 18;
+  while (deal.tile_bits < 6 && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
+  deal.blocks = ceil_div(s.members, deal.per_block());
+  return deal;
+}
+
 template <typename T, int kVector, template <typename> class State>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
   using Kernel = FoldKernel<T, kVector, State>;
   const bool many_empty = s.segments > 2 * s.members;  // then nobody walks along runs of them
-  const int lanes = lanes_for(width / kVector);
-  // enough threads to fill a GPU, then tiles as long as they may be; no result depends on their length
-  const int64_t tile = std::clamp<int64_t>(s.members * lanes / (1 << 18), kShortestTile, kLongestTile);
-  const Kernel k{values, s, width, out, static_cast<Wide<T>*>(workspace), tile, many_empty};
-  const unsigned columns = unsigned(ceil_div(width / kVector, lanes));
-  const dim3 threads(lanes, kFoldThreads / lanes);
-  const auto grid = [&](int64_t groups, int64_t per_block) { return dim3(unsigned(ceil_div(groups, per_block)), columns); };
-  if (many_empty) empty_kernel<<<grid(s.segments, threads.y), threads, 0, stream>>>(k);
+  const Deal deal = deal_out(s, width, kVector);
+  int64_t* leaving = deal.blocks > 1 ? static_cast<int64_t*>(workspace) : nullptr;
+  auto* partials = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + aligned_bytes(deal.blocks));
+  const Kernel k{values, s, width, out, leaving, partials, deal, many_empty};
+  const unsigned columns = unsigned(ceil_div(width / kVector, deal.lanes));
+  const dim3 threads(deal.lanes, deal.groups());
+  if (many_empty) empty_kernel<<<dim3(unsigned(ceil_div(s.segments, threads.y)), columns), threads, 0, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (s.members == 0) return cudaSuccess;
-  const int64_t tiles = ceil_div(s.members, tile), pieces = ceil_div(s.members, kPiece);
-  cool_kernel<<<grid(tiles, threads.y), threads, 0, stream>>>(k, tiles);
+  const size_t shared = Kernel::shared_bytes(deal);
+  TA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(fold_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  fold_kernel<<<dim3(unsigned(deal.blocks), columns), threads, shared, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (s.members <= kPiece) return cudaSuccess;
-  constexpr size_t kShared = sizeof(typename Kernel::Accumulator);
-  hot_kernel<<<grid(pieces, threads.y), threads, kFoldThreads * kShared, stream>>>(k);
-  TA_RETURN_IF_ERROR(cudaGetLastError());
-  combine_kernel<<<grid(pieces, kPiecesPerBlock), dim3(lanes, kCombineThreads / lanes), kCombineThreads * kShared,
-                   stream>>>(k, int(threads.y));
+  if (deal.blocks == 1) return cudaSuccess;
+  const dim3 adders(deal.lanes, kCombineThreads / deal.lanes);
+  combine_kernel<<<dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
+                   kCombineThreads * sizeof(typename Kernel::Accumulator), stream>>>(k);
   return cudaGetLastError();
 }
 
@@ -35,7 +50,7 @@ cudaError_t launch_width(const void* values, const Segments& s, int64_t width, v
                          cudaStream_t stream) {
   const T* from = static_cast<const T*>(values);
   T* to = static_cast<T*>(out);
-  constexpr int kMost = sizeof(T) == 8 ? 2 : 4;
+  constexpr int kMost = widest(sizeof(T));
   if (width % kMost == 0 && divides(kMost * sizeof(T), {address(from), address(to)}))
     return launch<T, kMost, State>(from, s, width, to, workspace, stream);
   return launch<T, 1, State>(from, s, width, to, workspace, stream);
@@ -62,9 +77,15 @@ cudaError_t launch_expand(const void* rows, const int64_t* index, int64_t member
 }  // namespace
 
 size_t fold_workspace_bytes(Fold how, Type type, const Segments& s, int64_t width) {
-  if (s.members <= kPiece) return 0;
   const size_t parts = how == Fold::kSum ? SumState<float>::kParts : LogSumExpState<float>::kParts;
-  return 2 * size_t(ceil_div(s.members, kPiece)) * parts * size_t(width) * (type == Type::kDouble ? 8 : 4);
+  size_t most = 0;
+  for (const int vector : {1, widest(size_of(type))}) {  // which of them depends on addresses
+    if (width % vector != 0) continue;
+    const int64_t blocks = deal_out(s, width, vector).blocks;
+    if (blocks > 1)
+      most = std::max(most, aligned_bytes(blocks) + 2 * blocks * parts * width * (type == Type::kDouble ? 8 : 4));
+  }
+  return most;
 }
 
 cudaError_t fold(Fold how, Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,

@@ -1,19 +1,27 @@
-// Segmented reductions. Sorted members are cut into tiles; the threads of a tile reduce the segments that start in it and have
-// at most kPiece members ("cool"), reading on past the tile's end. Hot segments are cut into pieces of kPiece sorted members,
-// whose results a block adds up: first those of its own pieces where one segment fills them all, then, in another launch, a
-// segment's. Which partial results there are depends on the segments and the width alone.
+// Segmented reductions. Sorted members are cut into tiles, a group of threads each, and a block's look-ups (which member, which
+// segment) go to shared memory first. Segments of at most kWhole members are reduced by the tile they start in, which reads on past
+// its end. Longer ones are cut at the tiles' bounds: the block adds its parts up in order, and where a segment leaves the
+// block it began in, a second launch adds up the blocks'. Which parts there are depends on the segments and the width alone.
 #pragma once
 
 #include "vector.cuh"
 
 namespace rows {
 
-constexpr int kPiece = 128;  // at least a tile: a hot segment that starts in a tile is the last one there
-constexpr int kLongestTile = 64, kShortestTile = 4;
-constexpr int kAhead = 8;    // members in flight per thread
-constexpr int kPiecesPerBlock = 32;
+constexpr int kWhole = 64;
+constexpr int kAhead = 8;  // members in flight per thread
 constexpr int kFoldThreads = 256;
+constexpr int kFoldBlocks = 4;  // a multiprocessor
 constexpr int kCombineThreads = 512;
+constexpr int kAlone = 32;  // blocks' parts that one group adds up
+
+// How members are dealt out: `lanes` threads side by side per group, 1 << tile_bits sorted members per group.
+struct Deal {
+  int lanes, tile_bits;
+  int64_t blocks;
+  __host__ __device__ int groups() const { return kFoldThreads / lanes; }
+  __host__ __device__ int per_block() const { return groups() << tile_bits; }
+};
 
 template <typename A>
 struct SumState {
@@ -69,18 +77,37 @@ struct FoldKernel {
       for (int i = 0; i < kVector; ++i) at[i].add(other.at[i]);
     }
   };
+  // Of a sorted member: its number, negative (bitwise not) if it is the last of its segment; and its segment.
+  struct Entry {
+    int member, segment;
+  };
+  // What a group of threads holds of a hot segment that it does not have whole.
+  struct Parts {
+    int head, tail;  // segments: entering the tile, and leaving it after starting there; -1: none
+  };
+  struct Shared {
+    Entry* entries;      // of the block's members, one unused between two tiles: no conflicts among banks
+    Accumulator* parts;  // (groups, 2, lanes)
+    Parts* segments;     // (groups)
+  };
 
   const T* values;
   Segments s;
   int64_t width;  // a multiple of kVector
   T* out;
-  A* partials;     // (2 * pieces, State::kParts, width)
-  int64_t tile_size;
+  int64_t* leaving;  // (blocks) the hot segment that starts in a block and leaves it, or -1
+  A* partials;       // (2 * blocks, State::kParts, width): of the segment entering a block, and of the one leaving it
+  Deal deal;
   bool has_zeros;  // empty segments are already written
 
+  static size_t shared_bytes(const Deal& deal) {
+    return sizeof(Accumulator) * 2 * kFoldThreads + sizeof(Parts) * deal.groups() +
+           sizeof(Entry) * (deal.per_block() + deal.groups() + 1);
+  }
+
   __device__ int64_t column() const { return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kVector; }
-  __device__ int64_t segment_of(int64_t position) const { return s.index[s.order[position]]; }
-  __device__ bool hot(int64_t segment) const { return s.offsets[segment + 1] - s.offsets[segment] > kPiece; }
+  __device__ bool hot(int64_t segment) const { return s.offsets[segment + 1] - s.offsets[segment] > kWhole; }
+  __device__ int entry(int i) const { return i + (i >> deal.tile_bits); }
 
   __device__ void store(int64_t segment, const Accumulator& a) const {
     Load result;
@@ -89,78 +116,17 @@ struct FoldKernel {
     *reinterpret_cast<Load*>(out + segment * width + column()) = result;
   }
 
-  // The next segment after `segment` with members, the first of them at `position`; writes the empty ones between.
-  __device__ int64_t next(int64_t segment, int64_t position) const {
-    if (has_zeros) return position < s.members ? segment_of(position) : s.segments;
-    for (++segment; segment < s.segments && s.offsets[segment + 1] == position; ++segment) store(segment, Accumulator());
-    return segment;
-  }
-
-  // each(values, position behind) for sorted members [begin, end): values in flight kAhead at a time, their numbers one step
-  // earlier, since one load waits for the other.
-  template <typename Each>
-  __device__ void walk(int begin, int end, Each each) const {
-    const T* from = values + column();
-    int member[kAhead];
-    const auto look_up = [&](int at) {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (at + j < end) member[j] = int(s.order[at + j]);
-    };
-    look_up(begin);
-    for (int at = begin; at < end; at += kAhead) {
-      Load x[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (at + j < end) x[j] = *reinterpret_cast<const Load*>(from + int64_t(member[j]) * width);
-      look_up(at + kAhead);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (at + j < end) each(x[j], at + j + 1);
-    }
-  }
-
-  __device__ void cool(int64_t tile) const {
-    const int64_t from = tile * tile_size, to = min(from + tile_size, s.members);
-    int64_t segment = segment_of(from);
-    const int64_t last = segment_of(to - 1);
-    if (tile == 0) next(-1, 0);  // leading empty segments
-    int64_t begin = s.offsets[segment];
-    if (begin < from) {  // another tile's
-      begin = s.offsets[segment + 1];
-      if (begin >= to) return;
-      segment = segment_of(begin);
-    }
-    const int64_t end = hot(last) ? s.offsets[last] : s.offsets[last + 1];
-    if (begin >= end) return;
-    const auto end_of = [&](int64_t i) { return int(i < s.segments ? s.offsets[i + 1] : end); };
-    int segment_end = end_of(segment), next_end = end_of(segment + 1);  // one segment ahead: nobody waits for it
-    Accumulator a;
-    walk(int(begin), int(end), [&](const Load& x, int behind) {
-      a.add(x);
-      if (behind == segment_end) {
-        store(segment, a);
-        a = Accumulator();
-        if (next_end > behind) {
-          ++segment;
-          segment_end = next_end;
-        } else {  // empty segments, or no more
-          segment = next(segment, behind);
-          segment_end = end_of(segment);
-        }
-        next_end = end_of(segment + 1);
-      }
-    });
+  // Stores a segment and the empty ones since `previous`, and behind the last members all others.
+  __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a, bool last) const {
+    store(segment, a);
+    if (has_zeros) return;
+    for (int64_t empty = previous + 1; empty < segment; ++empty) store(empty, Accumulator());
+    if (last)
+      for (int64_t empty = segment + 1; empty < s.segments; ++empty) store(empty, Accumulator());
   }
 
   __device__ A* partial(int64_t slot, int part) const {
     return partials + (slot * State<A>::kParts + part) * width + column();
-  }
-
-  __device__ Accumulator reduce_piece(int64_t begin, int64_t end) const {
-    Accumulator a;
-    walk(int(begin), int(end), [&](const Load& x, int) { a.add(x); });
-    return a;
   }
 
   __device__ void store_partial(int64_t slot, const Accumulator& a) const {
@@ -184,98 +150,166 @@ struct FoldKernel {
     return a;
   }
 
-  // The sum of what the groups of a block hold, in order, for the group that asks (the first).
-  __device__ Accumulator add_groups(Accumulator* shared, int groups) const {
-    Accumulator a = shared[threadIdx.x];
-    for (int g = 1; g < groups; ++g) a.add(shared[g * blockDim.x + threadIdx.x]);
-    return a;
-  }
-
-  // A piece holds members of at most two hot segments: its first (slot 2 * piece) and its last (slot 2 * piece + 1). Where one
-  // segment fills all pieces of the block, their sum is in the slot of the first.
-  __device__ void hot_block(Accumulator* shared) const {
-    const int64_t first_piece = int64_t(blockIdx.x) * blockDim.y, piece = first_piece + threadIdx.y;
-    const int64_t block_from = first_piece * kPiece, block_to = min(block_from + blockDim.y * kPiece, s.members);
-    const int64_t from = piece * kPiece, to = min(from + kPiece, s.members);
-    const bool inside = column() < width && from < s.members;
-    const int64_t block_first = segment_of(block_from);
-    if (block_first == segment_of(block_to - 1) && hot(block_first)) {
-      shared[threadIdx.y * blockDim.x + threadIdx.x] = inside ? reduce_piece(from, to) : Accumulator();
-      __syncthreads();
-      if (threadIdx.y == 0 && inside) store_partial(2 * piece, add_groups(shared, blockDim.y));
-      return;
+  // Members [first, first + count) of the block: entries, and behind them the next member's segment (-1: there is none).
+  // Returns the segment of the member before them.
+  __device__ int look_up(int64_t first, int count, Entry* entries) const {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const int before = first > 0 ? int(s.index[s.order[first - 1]]) : -1;
+    for (int i = thread; i <= count; i += kFoldThreads) {
+      Entry e{0, -1};
+      if (first + i < s.members) {
+        e.member = int(s.order[first + i]);
+        e.segment = int(s.index[e.member]);
+      }
+      entries[entry(i)] = e;
     }
-    if (!inside) return;
-    const int64_t first = segment_of(from), last = segment_of(to - 1);
-    if (hot(first)) store_partial(2 * piece, reduce_piece(from, min(to, s.offsets[first + 1])));
-    if (last != first && hot(last)) store_partial(2 * piece + 1, reduce_piece(s.offsets[last], to));
+    __syncthreads();
+    for (int i = thread; i < count; i += kFoldThreads)
+      if (entries[entry(i)].segment != entries[entry(i + 1)].segment) entries[entry(i)].member = ~entries[entry(i)].member;
+    __syncthreads();
+    return before;
   }
 
-  // The hot segment that starts in a piece, or -1.
-  __device__ int64_t starts_in(int64_t piece) const {
-    const int64_t from = piece * kPiece, to = min(from + kPiece, s.members);
-    if (from >= s.members) return -1;
-    const int64_t last = segment_of(to - 1);
-    return hot(last) && s.offsets[last] >= from ? last : -1;
-  }
+  // A tile: members [from, to) of the block's `count`. `previous` becomes the segment before the one that leaves.
+  __device__ void tile(const Shared& shared, int64_t first, int count, int from, int to, int before, int& previous,
+                       Parts& parts) const {
+    const Entry* entries = shared.entries;
+    const int opening = entries[entry(from)].segment, closing = entries[entry(to - 1)].segment;
+    const bool enters = (from == 0 ? before : entries[entry(from - 1)].segment) == opening;
+    const bool leaves = entries[entry(to)].segment == closing && !(enters && opening == closing);
+    int begin = from, end = to;
+    previous = from == 0 ? before : entries[entry(from - 1)].segment;
+    if (enters && hot(opening)) {
+      parts.head = opening;
+    } else if (enters) {  // another tile's
+      begin = int(min(s.offsets[opening + 1] - first, int64_t(to)));
+      if (begin == to) return;
+    }
+    if (leaves && hot(closing))
+      parts.tail = closing;
+    else if (leaves)
+      end = int(s.offsets[closing + 1] - first);
 
-  // One block adds up the partials of a hot segment: every group of threads a run of them, then the groups in order.
-  __device__ void combine(int64_t piece, int64_t segment, Accumulator* shared, int pieces_per_block) const {
-    const int64_t begin = s.offsets[segment], end = s.offsets[segment + 1], last = (end - 1) / kPiece;
-    const int64_t block_members = int64_t(pieces_per_block) * kPiece;
-    // pieces alone, then blocks that the segment fills, then pieces alone
-    const int64_t first_block = (begin + block_members - 1) / block_members;
-    const int64_t behind_blocks = end == s.members ? (end + block_members - 1) / block_members : end / block_members;
-    const int64_t blocks = behind_blocks > first_block ? behind_blocks - first_block : 0;
-    const int64_t leading = blocks > 0 ? first_block * pieces_per_block - piece : last - piece + 1;
-    const int64_t trailing = blocks > 0 ? max(last + 1 - behind_blocks * pieces_per_block, int64_t(0)) : 0;
-    const int64_t count = leading + blocks + trailing;
-    const auto slot = [&](int64_t i) -> int64_t {
-      if (i >= leading + blocks) return 2 * (behind_blocks * pieces_per_block + i - leading - blocks);
-      if (i >= leading) return 2 * (first_block + i - leading) * pieces_per_block;
-      return 2 * (piece + i) + (i == 0 && begin > piece * kPiece ? 1 : 0);
-    };
-    const int64_t share = (count + blockDim.y - 1) / blockDim.y;
-    const int64_t from = threadIdx.y * share, to = min(from + share, count);
-    const bool inside = column() < width;
+    const T* from_column = values + column();
     Accumulator a;
-    if (inside) {
-#pragma unroll 8
-      for (int64_t i = from; i < to; ++i) a.add(load_partial(slot(i)));
+    bool entering = parts.head >= 0;
+    const auto value = [&](int member) { return *reinterpret_cast<const Load*>(from_column + int64_t(member) * width); };
+    const auto close = [&](int segment, int behind) {
+      if (entering || (behind == end && parts.tail >= 0)) {
+        shared.parts[(2 * threadIdx.y + (entering ? 0 : 1)) * blockDim.x + threadIdx.x] = a;
+        entering = false;
+        if (behind == end) return;  // `previous` stays
+      } else {
+        finish(previous, segment, a, first + behind == s.members);
+      }
+      previous = segment;
+      a = Accumulator();
+    };
+    const int known = min(end, count);
+    for (int at = begin; at < known; at += kAhead) {
+      int member[kAhead];
+      Load x[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) member[j] = entries[entry(min(at + j, known - 1))].member;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) x[j] = value(member[j] < 0 ? ~member[j] : member[j]);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (at + j < known) {
+          a.add(x[j]);
+          if (member[j] < 0 || at + j + 1 == end) close(entries[entry(at + j)].segment, at + j + 1);
+        }
     }
-    shared[threadIdx.y * blockDim.x + threadIdx.x] = a;
-    __syncthreads();
-    if (threadIdx.y == 0 && inside) {
-      store(segment, add_groups(shared, int((count + share - 1) / share)));
-      next(segment, end);
+    for (int at = known; at < end; ++at) {  // past the block
+      a.add(value(int(s.order[first + at])));
+      if (at + 1 == end) close(closing, end);
     }
-    __syncthreads();
+  }
+
+  __device__ void block(const Shared& shared) const {
+    const int64_t first = int64_t(blockIdx.x) * deal.per_block();
+    const int count = int(min(int64_t(deal.per_block()), s.members - first));
+    const int before = look_up(first, count, shared.entries);
+    const int from = threadIdx.y << deal.tile_bits, to = min(from + (1 << deal.tile_bits), count);
+    const bool inside = column() < width;
+    int previous = -1;
+    Parts parts{-1, -1};
+    if (inside && from < count) tile(shared, first, count, from, to, before, previous, parts);
+    if (threadIdx.x == 0) shared.segments[threadIdx.y] = parts;
+    const int last = shared.entries[entry(count - 1)].segment, next = shared.entries[entry(count)].segment;
+    if (leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0)
+      leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
+    if (!__syncthreads_or(parts.head >= 0 || parts.tail >= 0) || !inside) return;
+    const auto add_heads = [&](Accumulator a, int segment) {
+      for (int g = threadIdx.y + 1; g < blockDim.y && shared.segments[g].head == segment; ++g)
+        a.add(shared.parts[2 * g * blockDim.x + threadIdx.x]);
+      return a;
+    };
+    const Accumulator* mine = shared.parts + 2 * threadIdx.y * blockDim.x + threadIdx.x;
+    if (threadIdx.y == 0 && parts.head >= 0) store_partial(2 * int64_t(blockIdx.x), add_heads(*mine, parts.head));
+    if (parts.tail < 0) return;
+    const Accumulator a = add_heads(mine[blockDim.x], parts.tail);
+    if (parts.tail == next)
+      store_partial(2 * int64_t(blockIdx.x) + 1, a);
+    else
+      finish(previous, parts.tail, a, parts.tail == last && first + count == s.members);
+  }
+
+  // Stores a segment whose parts were added up.
+  __device__ void finish_hot(int64_t segment, const Accumulator& a) const {
+    const int64_t begin = s.offsets[segment];
+    const int64_t previous = has_zeros || begin == 0 ? -1 : s.index[s.order[begin - 1]];
+    finish(previous, segment, a, s.offsets[segment + 1] == s.members);
+  }
+
+  // By a block: a group adds up a segment's parts, or all groups where there are many, each a run of them.
+  __device__ void combine(Accumulator* shared, int64_t* counts) const {
+    const int64_t block = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int64_t segment = block < deal.blocks ? leaving[block] : -1;
+    const bool inside = column() < width;
+    const auto parts_of = [&](int64_t block, int64_t segment) {
+      return (s.offsets[segment + 1] - 1) / deal.per_block() - block + 1;
+    };
+    const auto add_up = [&](int64_t block, int64_t from, int64_t to) {
+      Accumulator a;
+#pragma unroll 4
+      for (int64_t i = from; i < to; ++i) a.add(load_partial(i == 0 ? 2 * block + 1 : 2 * (block + i)));
+      return a;
+    };
+    const int64_t count = segment < 0 ? 0 : parts_of(block, segment);
+    if (threadIdx.x == 0) counts[threadIdx.y] = count;
+    if (inside && count > 0 && count <= kAlone) finish_hot(segment, add_up(block, 0, count));
+    if (!__syncthreads_or(count > kAlone)) return;
+    for (int y = 0; y < blockDim.y; ++y) {
+      const int64_t many = counts[y];
+      if (many <= kAlone) continue;
+      const int64_t share = ceil_div(many, int64_t(blockDim.y)), from = min(threadIdx.y * share, many);
+      const int64_t start = int64_t(blockIdx.x) * blockDim.y + y;
+      if (inside) shared[threadIdx.y * blockDim.x + threadIdx.x] = add_up(start, from, min(from + share, many));
+      __syncthreads();
+      if (threadIdx.y == 0 && inside) {
+        Accumulator a = shared[threadIdx.x];
+        for (int g = 1; g < ceil_div(many, share); ++g) a.add(shared[g * blockDim.x + threadIdx.x]);
+        finish_hot(leaving[start], a);
+      }
+      __syncthreads();
+    }
   }
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(kFoldThreads, 3) cool_kernel(const Kernel k, int64_t tiles) {
-  const int64_t tile = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (tile < tiles && k.column() < k.width) k.cool(tile);
+__global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) fold_kernel(const Kernel k) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  auto* parts = reinterpret_cast<typename Kernel::Accumulator*>(bytes);
+  auto* segments = reinterpret_cast<typename Kernel::Parts*>(parts + 2 * kFoldThreads);
+  k.block({reinterpret_cast<typename Kernel::Entry*>(segments + blockDim.y), parts, segments});
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(kFoldThreads) hot_kernel(const Kernel k) {
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k) {
+  __shared__ int64_t counts[kCombineThreads];
   extern __shared__ __align__(16) unsigned char bytes[];
-  k.hot_block(reinterpret_cast<typename Kernel::Accumulator*>(bytes));
-}
-
-template <class Kernel>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k, int pieces_per_block) {
-  __shared__ int64_t starting[kPiecesPerBlock];
-  extern __shared__ __align__(16) unsigned char bytes[];
-  const int64_t first = int64_t(blockIdx.x) * kPiecesPerBlock;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  if (thread < kPiecesPerBlock) starting[thread] = k.starts_in(first + thread);
-  __syncthreads();
-  for (int i = 0; i < kPiecesPerBlock; ++i)
-    if (starting[i] >= 0)
-      k.combine(first + i, starting[i], reinterpret_cast<typename Kernel::Accumulator*>(bytes), pieces_per_block);
+  k.combine(reinterpret_cast<typename Kernel::Accumulator*>(bytes), counts);
 }
 
 template <class Kernel>
