@@ -47,7 +47,7 @@ class Inputs:
         grid = self.targets if self.targets is not None else self.queries
         if grid is None:
             return None
-        return PackedTargets.of(grid.shape[0], grid.shape[1], self.target_lengths, grid.device)
+        return PackedTargets(grid.shape[0], grid.shape[1], self.target_lengths, grid.device)
 
     def kinds(self) -> list[int]:
         """For each optional argument a number that ranks must agree on: 0 for None, else of dtype, width and gradient."""

@@ -186,7 +186,7 @@ class TokenizedAttention(nn.Module):
         except Exception as failure:
             error = failure
         exchange_header(self.group, [], error)
-        slots = PackedTargets.of(ids.shape[0], ids.shape[1], lengths, ids.device)
+        slots = PackedTargets(ids.shape[0], ids.shape[1], lengths, ids.device)
         table, segments = fetch(slots.pack(ids), self._parts(), "embed", self.strategy != "positions")
         return slots.unpack(expand(table, segments))
 
@@ -200,7 +200,7 @@ class TokenizedAttention(nn.Module):
         space = UniqueSpace.from_padded(tokens, lengths)
         slots = None
         if targets is not None:
-            slots = PackedTargets.of(targets.shape[0], targets.shape[1], target_lengths, targets.device)
+            slots = PackedTargets(targets.shape[0], targets.shape[1], target_lengths, targets.device)
         embed_dim = getattr(self.embedding_fn, "embedding_dim", None) or self._width_of_one_row()
         sizes = self._sizes(space, slots)
         sizes[3] = int(space.tokens.unique().numel())  # forward counts distinct ids only where its choice needs them
@@ -340,7 +340,7 @@ class TokenizedAttention(nn.Module):
         ids = int(space.tokens.unique().numel()) if self.strategy == "auto" and slots is not None else space.num_rows
         if slots is None:
             return [space.num_rows, space.num_occurrences, space.num_rows, ids, 0]
-        return [space.num_rows, space.num_occurrences, slots.slots.numel(), ids, slots.width]
+        return [space.num_rows, space.num_occurrences, slots.num_targets, ids, slots.width]
 
     def _choose(self, by_rank: list[list[int]], has_targets: bool, encoded: bool) -> str:
         only_gather = None

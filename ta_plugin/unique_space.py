@@ -80,6 +80,13 @@ class UniqueSpace:
         return cls(tokens, bounds.int(), torch.ones_like(tokens), bounds, segments, slots, length)
 
     @classmethod
+    def of_rows(cls, tokens: Tensor, cu_seqlens: Tensor) -> UniqueSpace:
+        """`of_occurrences` of packed tokens (M,) whose bounds (B + 1,) int32 this package made: nothing is read to check them."""
+        each = torch.arange(tokens.numel() + 1, device=tokens.device)
+        segments = Segments(each[:-1], each[:-1], each)
+        return cls(tokens, cu_seqlens, torch.ones_like(tokens), cu_seqlens.long(), segments)
+
+    @classmethod
     def _of(cls, found: UniqueRows) -> UniqueSpace:
         rows = found.distinct.numel()
         if rows > _INT32_MAX:
@@ -265,7 +272,8 @@ def _valid_slots(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
-        return torch.tensor([0, tokens.numel()], device=tokens.device)
+        size = tokens.numel()  # made on the device: a copy from the host would wait for it
+        return torch.arange(0, size + 1, size, device=tokens.device) if size else tokens.new_zeros(2)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise _bad_bounds(tokens, cu_seqlens)
     return cu_seqlens.long()

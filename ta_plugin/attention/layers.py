@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def padded_target_attention(
     """
     scoring = scoring or Scoring()
     sides = Sides.pack(space, bias, value_term, multiplier)
-    targets = PackedTargets.of(q.shape[0], q.shape[1], lengths, q.device)
+    targets = PackedTargets(q.shape[0], q.shape[1], lengths, q.device)
     packed = targets.pack(q)
     if cutoffs is None:
         weights = RowWeights.fold(space, sides, scoring.normaliser, q.dtype)
@@ -89,21 +91,38 @@ def padded_target_attention(
 class PackedTargets:
     """The valid (sample, target) slots of a (B, T) grid, packed.
 
-    cu_seqlens: (B + 1,) int32; index: (Q,) int64, the target's number within its sample
+    cu_seqlens: (B + 1,) int32; slots: (Q,) int64 in the flattened grid; index: (Q,) int64, the target's number within its sample
+    full:       every slot is valid, which is known without asking the device; packing is then a view
     """
 
-    def __init__(self, batch: int, width: int, lengths: Tensor) -> None:
-        self.batch, self.width, self.lengths = batch, width, lengths
-        self.cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=lengths.device)
+    def __init__(self, batch: int, width: int, lengths: Tensor | None, device: torch.device) -> None:
+        self.batch, self.width, self.device, self.full = batch, width, device, lengths is None
+        if lengths is None:
+            ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            self.cu_seqlens = ends if width == 1 else ends * width
+            return
+        self.lengths = lengths
+        self.cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         torch.cumsum(lengths, 0, out=self.cu_seqlens[1:])
-        valid = torch.arange(width, device=lengths.device) < lengths[:, None]
+        valid = torch.arange(width, device=device) < lengths[:, None]
         self.slots = valid.reshape(-1).nonzero().squeeze(1)
-        self.index = self.slots % max(width, 1)
 
-    @classmethod
-    def of(cls, batch: int, width: int, lengths: Tensor | None, device: torch.device) -> PackedTargets:
-        full = torch.full((batch,), width, dtype=torch.int64, device=device)
-        return cls(batch, width, full if lengths is None else lengths)
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B,) int64: how many targets each sample has."""
+        return torch.full((self.batch,), self.width, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return torch.arange(self.batch * self.width, device=self.device)
+
+    @property
+    def index(self) -> Tensor:
+        return self.slots % max(self.width, 1)
+
+    @property
+    def num_targets(self) -> int:
+        return self.batch * self.width if self.full else self.slots.numel()
 
     def together(self, ranks: int) -> tuple[Tensor, PackedTargets]:
         """Layout "sequence": targets of `ranks` ranks for the same samples, gathered in rank order, brought together by sample.
@@ -114,14 +133,17 @@ class PackedTargets:
         sample = (self.slots // max(self.width, 1)) % max(samples, 1)
         totals = self.lengths.view(ranks, samples).sum(0)
         width = int(totals.max()) if samples else 0
-        return sample.argsort(stable=True), PackedTargets(samples, width, totals)
+        return sample.argsort(stable=True), PackedTargets(samples, width, totals, self.device)
 
     def pack(self, grid: Tensor) -> Tensor:
         """(B, T, ...) -> (Q, ...)."""
-        return grid.reshape(self.batch * self.width, *grid.shape[2:]).index_select(0, self.slots)
+        flat = grid.reshape(self.batch * self.width, *grid.shape[2:])
+        return flat if self.full else flat.index_select(0, self.slots)
 
     def unpack(self, rows: Tensor) -> Tensor:
         """(Q, ...) -> (B, T, ...), zeros elsewhere."""
+        if self.full:
+            return rows.reshape(self.batch, self.width, *rows.shape[1:])
         grid = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
         return grid.index_copy(0, self.slots, rows).reshape(self.batch, self.width, *rows.shape[1:])
 

@@ -68,19 +68,21 @@ class HeadProjections(nn.Module):
         return absorbed < projected
 
     def absorb_queries(self, q: Tensor) -> Tensor:
-        """q (Q, H, D) -> (Q, H, E + 1) with q.(W_k e + b_k) = (W_k^T q, q.b_k).(e, 1)."""
+        """q (Q, H, D) -> (Q, H, E + 1) with q.(W_k e + b_k) = (W_k^T q, q.b_k).(e, 1); (Q, H, E) without any bias."""
         return torch.einsum("qghd,gde->qghe", self._grouped(q), self._augmented(self.key)).flatten(1, 2)
 
     def unabsorb_values(self, out: Tensor) -> Tensor:
-        """Weighted sums of (e, 1), out (Q, H, E + 1) -> W_v and b_v applied: (Q, H, Dv)."""
+        """Weighted sums of (e, 1), out (Q, H, E + 1) -> W_v and b_v applied: (Q, H, Dv); of e alone without any bias."""
         return torch.einsum("qghe,gde->qghd", self._grouped(out), self._augmented(self.value)).flatten(1, 2)
 
     def _grouped(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], self.num_kv_heads, self.num_heads // self.num_kv_heads, x.shape[2])
 
     def _augmented(self, linear: nn.Module | None) -> Tensor:
-        """Weight and bias per kv head, (Hk, D, E + 1)."""
+        """Weight and bias per kv head, (Hk, D, E + 1), or the weight alone (Hk, D, E) where neither map has a bias."""
         assert isinstance(linear, nn.Linear)
+        if not self.has_bias:
+            return linear.weight.view(self.num_kv_heads, -1, linear.in_features)
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         whole = torch.cat([linear.weight, bias[:, None]], 1)
         return whole.view(self.num_kv_heads, -1, whole.shape[1])

@@ -20,6 +20,10 @@ def exchange_header(group: SSPGroup, fields: Sequence[int], error: Exception | N
     Returns one list of the given length per rank, in rank order. `error` is what this rank's own checks found, or None;
     then every rank raises the same ValueError, which names the first rank that reported and repeats its message.
     """
+    if group.size == 1:
+        if error is not None:
+            raise ValueError(str(error) or repr(error)) from error
+        return [list(fields)]
     header = torch.zeros(_FIELDS + 1 + _MESSAGE_BYTES // 8, dtype=torch.int64)
     message = (str(error) or repr(error)).encode()[:_MESSAGE_BYTES] if error is not None else b""
     header[: len(fields)] = torch.tensor(list(fields), dtype=torch.int64)
@@ -32,14 +36,11 @@ def exchange_header(group: SSPGroup, fields: Sequence[int], error: Exception | N
         length = int(row[_FIELDS])
         if length:
             text = bytes(row[_FIELDS + 1 :].view(torch.uint8)[:length].tolist()).decode(errors="replace")
-            where = f"rank {rank} of {group.size}: " if group.size > 1 else ""
-            raise ValueError(where + text) from (error if rank == group.rank else None)
+            raise ValueError(f"rank {rank} of {group.size}: {text}") from (error if rank == group.rank else None)
     return headers[:, : len(fields)].tolist()
 
 
 def _all_gather(header: Tensor, group: SSPGroup) -> Tensor:
-    if group.group is None:
-        return header[None]
     mine = header.to(group.device)
     gathered = mine.new_empty(group.size * mine.numel())
     with explained("header", group):

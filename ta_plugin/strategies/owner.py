@@ -63,13 +63,15 @@ def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype)
     if weight is None and request.any_repeats:  # what one rank sends, every rank sends
         weight = torch.full((space.num_rows,), 0.0 if normaliser == "softmax" else 1.0, device=space.tokens.device)
         weight = weight.to(torch.promote_types(dtype, torch.float32))
+    if modules.group.size == 1:
+        return _keys(space, RowWeights(weight, weights.term), modules)
     route = _route(space.tokens, space.cu_seqlens, request, modules)
     tokens = route.to_owners(space.tokens, "keys.ids")
     received = RowWeights(
         None if weight is None else route.to_owners(weight, "keys.weights"),
         None if weights.term is None else route.to_owners(weights.term, "keys.value_terms"),
     )
-    return _keys(UniqueSpace.of_occurrences(tokens, cu_seqlens=route.received_cu_seqlens), received, modules)
+    return _keys(UniqueSpace.of_rows(tokens, route.received_cu_seqlens), received, modules)
 
 
 def _owned_occurrences(request: Request, modules: AttentionModules, dtype: torch.dtype) -> tuple[Keys, Tensor, Sides]:
@@ -138,8 +140,12 @@ def _all_cutoffs(request: Request, group: SSPGroup) -> Tensor:
 def _all_targets(request: Request, group: SSPGroup) -> PackedTargets:
     """The targets of every rank, as if they were one batch in rank order."""
     assert request.targets is not None
+    if group.size == 1:
+        return request.targets
+    if all(n == b * request.target_width for n, b in zip(request.query_counts, request.batch_sizes, strict=True)):
+        return PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     lengths = all_gather_rows(request.targets.lengths, request.batch_sizes, group, "target_lengths")
-    return PackedTargets(sum(request.batch_sizes), request.target_width, lengths)
+    return PackedTargets(sum(request.batch_sizes), request.target_width, lengths, lengths.device)
 
 
 def _return_partials(
@@ -147,6 +153,8 @@ def _return_partials(
 ) -> tuple[Tensor, Tensor | None]:
     """Each owner's partial results back to the readers of the queries, merged there."""
     group, counts = modules.group, request.query_counts
+    if group.size == 1:
+        return out, lse
     if lse is None:
         return reduce_scatter_rows(out, counts, group, "partials"), None
     mine = [counts[group.rank]] * group.size

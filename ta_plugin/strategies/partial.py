@@ -65,8 +65,12 @@ def attend_targets(
     # (W_k^T q).e instead of q.(W_k e): rows are read and never projected
     scale = q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale
     scoring = replace(scoring, scale=scale)
+    if not projections.has_bias:
+        q = projections.absorb_queries(q)
+        out, lse = _attend(scoring, q, targets, keys.table.unsqueeze(1), None, keys, cutoffs)
+        return projections.unabsorb_values(out), lse
     q = projections.absorb_queries(q)  # the last column meets the constant 1 that stands for the biases
-    if scoring.normaliser != "softmax" and projections.has_bias:
+    if scoring.normaliser != "softmax":
         spare = -q.shape[2] % 8  # kernels read rows of whole 16 bytes
         out, _ = _attend(scoring, F.pad(q, (0, spare)), targets, with_one(keys.table, spare), None, keys, cutoffs)
         return projections.unabsorb_values(out[..., : q.shape[2]]), None

@@ -12,7 +12,7 @@ from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
-from ta_plugin.embedding import EmbeddingFn, lookup, owners_of
+from ta_plugin.embedding import EmbeddingFn, embed_owned, lookup, owners_of
 from ta_plugin.ops import Segments, expand
 from ta_plugin.parallel import SSPGroup
 from ta_plugin.routing import Route
@@ -97,5 +97,7 @@ def fetch(ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool =
     """
     ids_space = UniqueSpace.from_packed(ids) if deduplicate else UniqueSpace.of_occurrences(ids)
     group, owners = modules.group, owners_of(modules.embedding_fn, modules.group.size)
+    if group.size == 1 and deduplicate:
+        return embed_owned(ids_space.tokens, modules.embedding_fn), ids_space.segments
     route = Route.build(owners.owner_of(ids_space.tokens), ids_space.cu_seqlens, [1] * group.size, group)
     return lookup(ids_space.tokens, route, modules.embedding_fn, name), ids_space.segments

@@ -149,7 +149,7 @@ def test_an_absent_occurrence_counts_for_nothing() -> None:
 
 def test_packed_targets_return_to_their_slots() -> None:
     lengths = torch.tensor([2, 0, 3])
-    targets = PackedTargets.of(3, 3, lengths, torch.device("cpu"))
+    targets = PackedTargets(3, 3, lengths, torch.device("cpu"))
     grid = torch.arange(18.0).view(3, 3, 2)
     rows = targets.pack(grid)
     assert rows[:, 0].tolist() == [0, 2, 12, 14, 16]
@@ -157,7 +157,7 @@ def test_packed_targets_return_to_their_slots() -> None:
     assert targets.index.tolist() == [0, 1, 0, 1, 2]
     valid = (torch.arange(3) < lengths[:, None])[..., None]
     assert torch.equal(targets.unpack(rows), grid * valid)
-    assert PackedTargets.of(2, 0, None, torch.device("cpu")).unpack(torch.zeros(0, 4)).shape == (2, 0, 4)
+    assert PackedTargets(2, 0, None, torch.device("cpu")).unpack(torch.zeros(0, 4)).shape == (2, 0, 4)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_absorbed_attention_equals_projected_attention(kv_heads: int, bias: bool
     weight = torch.arange(7.0, dtype=torch.float64)
     k, v = p.keys_values(table)
     projected = weighted_attention(q, k, v, weight, *bounds)
-    keys = with_one(table)
+    keys = with_one(table) if bias else table.unsqueeze(1)
     absorbed = weighted_attention(p.absorb_queries(q), keys, keys, weight, *bounds, scale=DIM**-0.5)
     results = [projected, p.unabsorb_values(absorbed)]
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
