@@ -29,7 +29,9 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if not _asked_by_a_test():
+        if (
+            torch.compiler.is_compiling() or not _asked_by_a_test()
+        ):  # frames cannot be looked up while torch.compile traces
             return func(*args, **kwargs)
         generator = kwargs.get("generator")
         if generator is not None and generator.device.type == "cpu":

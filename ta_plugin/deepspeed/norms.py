@@ -29,7 +29,7 @@ def join_norm(engine: Any, row_norm: RowNorm) -> Callable[[], float]:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         norm_groups = optimizer._get_norm_groups
-        optimizer._get_norm_groups = lambda: [*norm_groups(), row_norm()]
+        optimizer._get_norm_groups = lambda: _beside(norm_groups(), row_norm())
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         global_norm = optimizer.scaled_global_norm
         optimizer.scaled_global_norm = lambda norm_type=2: _combined(global_norm(norm_type), row_norm())
@@ -47,10 +47,17 @@ def join_norm(engine: Any, row_norm: RowNorm) -> Callable[[], float]:
     return lambda: float(optimizer._global_grad_norm or 0.0)
 
 
+def _beside(groups: list[Any], rows: Tensor) -> list[Any]:
+    """The groups' norms and the rows', on one device: an offloaded optimizer's are on the CPU."""
+    device = next((norm.device for norm in groups if torch.is_tensor(norm)), rows.device)
+    return [*groups, rows.to(device)]
+
+
 def _combined(dense: Tensor, rows: Tensor) -> Tensor:
-    """One norm of two; what DeepSpeed marks as invalid (-1 or not finite) stays invalid."""
+    """One norm of two, on `dense`'s device; what DeepSpeed marks as invalid (-1 or not finite) stays invalid."""
+    rows = rows.to(dense)
     invalid = ~torch.isfinite(dense) | (dense < 0) | ~torch.isfinite(rows)
-    both = torch.hypot(dense, rows.to(dense))
+    both = torch.hypot(dense, rows)
     return torch.where(invalid, torch.full_like(both, torch.inf), both)
 
 
