@@ -1,7 +1,7 @@
 """How fast the GPU backends were measured: what `choose` ranks them by.
 
 TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36
-(csrc/NOTES.md). Ours: one H100. flash-attn-4 without weights: its ratios to ours on an H100; repeatable: examples/benchmarks/README.md.
+(csrc/NOTES.md). Ours and flash-attn-4 without weights: one call on an H100, in turns (forward 10, backward 7).
 flash-attn-4 with weights at 16k, and FlexAttention: one H200, at one length each, taken for all.
 """
 
@@ -14,10 +14,10 @@ DIMS = (64, 128)
 
 # (backend, weighted, deterministic): for each of DIMS, at each of KEYS
 RATES: dict[tuple[str, bool, bool], tuple[tuple[int, ...], ...]] = {
-    ("hopper", True, False): ((375, 510, 537), (444, 575, 584)),
-    ("hopper", True, True): ((338, 436, 452), (438, 539, 547)),
-    ("flash4", False, False): ((393, 540, 575), (478, 637, 663)),
-    ("flash4", False, True): ((330, 515, 573), (440, 583, 638)),
+    ("hopper", True, False): ((389, 528, 552), (469, 618, 633)),
+    ("hopper", True, True): ((339, 436, 452), (440, 537, 529)),
+    ("flash4", False, False): ((389, 536, 573), (475, 633, 682)),
+    ("flash4", False, True): ((370, 507, 563), (436, 578, 621)),
     ("flash4", True, False): ((409, 409, 409), (472, 472, 472)),
     ("flex", True, False): ((337, 337, 337), (350, 350, 350)),
 }
