@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ class CausalChunks:
     @property
     def one_per_sample(self) -> bool:
         """Whether no sample is cut, so that nothing lies before a chunk: plain causal attention over positions."""
-        return all(a != b for a, b in zip(self.host_samples, self.host_samples[1:], strict=False))
+        return all(a != b for a, b in pairwise(self.host_samples))
 
     @cached_property
     def bounds(self) -> Tensor:

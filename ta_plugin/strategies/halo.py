@@ -42,9 +42,8 @@ class Halo:
         reader, group = plan.owned.reader, plan.owned.group
         device = reader.tokens.device
         lengths, starts, places = plan.lengths.cpu(), plan.starts.cpu(), plan.places.cpu()
-        ordered, piece = places.sort(
-            1
-        )  # (N, P): a rank's pieces as they follow each other, and which of its pieces that is
+        # (N, P): a rank's pieces as they follow each other, and which of its pieces that is
+        ordered, piece = places.sort(1)
         high = starts[places]  # (N, P, B)
         low = (high - before).clamp(min=0)
         # (N, P, B, N, P): where the part begins that piece (n, p) of sample b needs of a rank's piece, and how long it is
