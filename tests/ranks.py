@@ -6,11 +6,12 @@ Ranks are processes in a gloo group on the CPU or, with TA_TEST_DEVICES=cuda, in
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import get_context
 from typing import Any
@@ -18,12 +19,26 @@ from typing import Any
 TIMEOUT_S = 120  # a test that hangs fails within this time
 START_S = 180  # importing torch on a busy machine
 ON_GPUS = os.environ.get("TA_TEST_DEVICES") == "cuda"
-MANY_GROUPS = 40  # each keeps a gloo thread that wakes a hundred times a second; hosts never destroy theirs
+MANY_GROUPS = 400 if ON_GPUS else 40  # each keeps a gloo thread that wakes a hundred times a second; hosts never destroy theirs
 
 
 def at_most(ranks: int) -> int:
     """`ranks`, or as many as there are GPUs when the ranks' tensors live there."""
     return min(ranks, _gpus()) if ON_GPUS else ranks
+
+
+@contextlib.contextmanager
+def own_groups() -> Iterator[None]:
+    """Destroys, on every rank of the pool, the process groups that the block made, so that the pool outlives many such blocks."""
+    import torch.distributed as dist
+
+    groups = dist.distributed_c10d._world.pg_map
+    before = set(groups)
+    yield
+    dist.barrier()  # nobody waits in one of them any more
+    for group in set(groups) - before:
+        dist.destroy_process_group(group)
+    gc.collect()  # models, full of cycles, hold them
 
 
 def _gpus() -> int:

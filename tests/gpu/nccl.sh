@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # What the gloo ranks of the tests do, done under NCCL: a GPU per rank, on two GPUs or more (tests for four say that they skip on two).
-#   tests/gpu/nccl.sh ["core megatron deepspeed"]     PYTHON names the interpreter; the parts run side by side and are reported in order.
+#   tests/gpu/nccl.sh ["PART ..."]     PYTHON names the interpreter; the parts run side by side and are reported in order.
+#   LIMIT_S seconds end them; TAIL lines of each are shown.
 # Needs pytest, hypothesis and the hosts; operators that are not built are compiled on first use.
 set -uom pipefail  # with job control, what runs in the background can be interrupted and then says how far it came
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-python3} only=${1:-core megatron deepspeed} limit=${LIMIT_S:-600}
+parts=(errors core megatron megatron-checkpoint deepspeed deepspeed-checkpoint)
+python=${PYTHON:-python3} only=${1:-${parts[*]}} limit=${LIMIT_S:-600}
 logs=$(mktemp -d)
 [ "$("$python" -c "import torch; print(torch.cuda.device_count())")" -gt 0 ] || { echo "no GPU that torch sees" >&2; exit 2; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2 TA_TEST_DEVICES=cuda
@@ -17,15 +19,16 @@ part() {  # part NAME PYTEST-ARGUMENTS...
   started[$name]=$!
 }
 
-part core tests/test_precision_on_ranks.py tests/test_errors_on_ranks.py tests/test_sequence_errors.py tests/test_tokenized_attention.py \
-  tests/test_sequence_layout.py tests/strategies/test_causal_ranks.py tests/parallel tests/strategies/test_ring_traffic.py \
-  -k "not one_rank and not in_vain"
-part megatron tests/megatron/test_megatron_bf16.py tests/megatron/test_megatron_layouts.py tests/megatron/test_megatron_checkpoint.py \
-  tests/megatron/test_megatron_sequence.py
-part deepspeed tests/deepspeed/test_training.py tests/deepspeed/test_checkpoint.py tests/deepspeed/test_deepspeed_sequence.py
+part errors tests/test_errors_on_ranks.py tests/test_sequence_errors.py tests/parallel -k "not in_vain"  # NCCL ends who waits in vain
+part core tests/test_precision_on_ranks.py tests/test_tokenized_attention.py tests/test_sequence_layout.py \
+  tests/strategies/test_causal_ranks.py tests/strategies/test_ring_traffic.py -k "not test_one_rank"
+part megatron tests/megatron/test_megatron_bf16.py tests/megatron/test_megatron_layouts.py tests/megatron/test_megatron_sequence.py
+part megatron-checkpoint tests/megatron/test_megatron_checkpoint.py
+part deepspeed tests/deepspeed/test_training.py tests/deepspeed/test_deepspeed_sequence.py
+part deepspeed-checkpoint tests/deepspeed/test_checkpoint.py
 
 failed=()
-for name in core megatron deepspeed; do
+for name in "${parts[@]}"; do
   [ -n "${started[$name]:-}" ] || continue
   wait "${started[$name]}" || failed+=("$name")
   echo "== $name"

@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import ON_GPUS
+from ranks import ON_GPUS, own_groups
 
 from ta_plugin.megatron import TokenizedModel, create_ssp_groups, get_mixed_block_spec, loss_function
 from ta_plugin.megatron.checkpoint import load_checkpoint, save_checkpoint
@@ -109,7 +109,7 @@ class Run:
 @contextmanager
 def megatron(layout: Layout) -> Iterator[ProcessGroupCollection]:
     """Model-parallel groups with SSP attached, on CPU; taken down afterwards."""
-    with nullcontext() if ON_GPUS else cuda_on_cpu():
+    with nullcontext() if ON_GPUS else cuda_on_cpu(), own_groups():
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
