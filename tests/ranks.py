@@ -19,7 +19,9 @@ from typing import Any
 TIMEOUT_S = 120  # a test that hangs fails within this time
 START_S = 180  # importing torch on a busy machine
 ON_GPUS = os.environ.get("TA_TEST_DEVICES") == "cuda"
-MANY_GROUPS = 400 if ON_GPUS else 40  # each keeps a gloo thread that wakes a hundred times a second; hosts never destroy theirs
+MANY_GROUPS = (
+    400 if ON_GPUS else 40
+)  # each keeps a gloo thread that wakes a hundred times a second; hosts never destroy theirs
 
 
 def at_most(ranks: int) -> int:

@@ -1,8 +1,9 @@
 """Attention over distinct tokens: the kernel contracts and the layers composed from them."""
 
-from ta_plugin.attention.causal import alibi_slopes, causal_attention
+from ta_plugin.attention.causal import causal_attention
 from ta_plugin.attention.chunk_cost import choose_chunk
 from ta_plugin.attention.chunks import CausalChunks
+from ta_plugin.attention.decay import DecayKind, HeadDecay, alibi_slopes
 from ta_plugin.attention.layers import cross_attention, padded_target_attention, self_attention
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.scoring import Scoring
@@ -11,6 +12,8 @@ from ta_plugin.attention.weighted import weighted_attention
 
 __all__ = [
     "CausalChunks",
+    "DecayKind",
+    "HeadDecay",
     "Scoring",
     "alibi_slopes",
     "causal_attention",

@@ -107,17 +107,6 @@ def causal_attention(
     return (out, lse) if return_lse else out
 
 
-def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
-    """(num_heads,) float32 slopes of ALiBi (Press et al. 2022, section 3): 2 ** (-8 n / H), n = 1 .. H.
-
-    For a number of heads that is no power of two, those of the power below it and every other one of the power above.
-    """
-    power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8 * n / power) for n in range(1, power + 1)]
-    slopes += [2.0 ** (-4 * n / power) for n in range(1, 2 * (num_heads - power), 2)]
-    return torch.tensor(slopes, device=device)
-
-
 def _over_positions(
     space: UniqueSpace,
     q: Tensor,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention, choose_chunk
+from ta_plugin.attention import CausalChunks, DecayKind, HeadDecay, causal_attention, choose_chunk
 from ta_plugin.megatron.core_attention import SDPACoreAttention
 from ta_plugin.megatron.layer_specs import final_norm, has_transformer_engine, stock_spec
 from ta_plugin.parallel import SSPGroup, exchange_header
@@ -138,7 +138,7 @@ class TokenKeyedSelfAttention(MegatronModule):
 
     vocab_size: ids lie below it; TP divides it
     token_dim:  width of the layer's table; hidden_size by default
-    decay:      "none"; "alibi", its fixed slopes; "learned", one per head from those slopes on
+    decay:      as for `ta_plugin.attention.HeadDecay`
     deterministic, backend: of `causal_attention`
 
     Rotary embeddings and masks that Megatron hands to every layer are not read: the plan says who sees whom. Raises ValueError for
@@ -153,7 +153,7 @@ class TokenKeyedSelfAttention(MegatronModule):
         *,
         vocab_size: int,
         token_dim: int | None = None,
-        decay: Literal["none", "alibi", "learned"] = "learned",
+        decay: DecayKind = "learned",
         deterministic: bool = True,
         backend: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
@@ -164,7 +164,7 @@ class TokenKeyedSelfAttention(MegatronModule):
         self.tp_group, self.layer_number = groups.tp, layer_number
         self.deterministic, self.backend = deterministic, backend
         parts, rank = self.tp_group.size(), self.tp_group.rank()
-        _check(config, vocab_size, decay, parts)
+        _check(config, vocab_size, parts)
         heads, kv_heads = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         self.head_dim = config.kv_channels or config.hidden_size // heads
         self.local_heads, self.local_kv_heads = heads // parts, kv_heads // parts
@@ -195,13 +195,9 @@ class TokenKeyedSelfAttention(MegatronModule):
             input_is_parallel=True,
             **linear,
         )
-        slopes = alibi_slopes(heads).chunk(parts)[rank]
-        self.register_buffer("slopes", slopes if decay == "alibi" else None, persistent=False)
-        self.log_decay = None
-        if decay == "learned":
-            self.log_decay = nn.Parameter(slopes.log().to(config.params_dtype))
-            self.log_decay.tensor_model_parallel = True  # type: ignore[attr-defined]
-            self.log_decay.partition_dim, self.log_decay.partition_stride = 0, 1  # type: ignore[attr-defined]
+        self.decay = HeadDecay(decay, heads, part=rank, parts=parts).to(config.params_dtype)
+        for rate in self.decay.parameters():
+            rate.tensor_model_parallel, rate.partition_dim, rate.partition_stride = True, 0, 1  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -245,7 +241,7 @@ class TokenKeyedSelfAttention(MegatronModule):
         )
         packed = packed.reshape(-1, self.local_heads, self.head_dim)
         options: dict[str, Any] = {
-            "decay": self.slopes if self.log_decay is None else self._learned_decay(self.log_decay),
+            "decay": self.decay(),
             "scale": self.config.softmax_scale if hasattr(self.config, "softmax_scale") else None,
             "deterministic": self.deterministic,
             "backend": self.backend,
@@ -257,20 +253,15 @@ class TokenKeyedSelfAttention(MegatronModule):
         attended = space.unpack(out.flatten(1)).reshape(pieces, batch, length // pieces, -1)
         return self.linear_proj(attended.transpose(1, 2).reshape(length, batch, -1).contiguous())
 
-    @staticmethod
-    def _learned_decay(log_decay: Tensor) -> Tensor:
-        return log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)).exp()
-
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """For megatron.core.dist_checkpointing: loads under any TP size that divides the heads and the vocabulary."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.log_decay is not None:
-            state |= make_sharded_tensors_for_checkpoint(
-                {"log_decay": self.log_decay}, prefix, {"log_decay": 0}, sharded_offsets
-            )
-        return state
+        rates = dict(self.decay.named_parameters())
+        return state | make_sharded_tensors_for_checkpoint(
+            rates, f"{prefix}decay.", dict.fromkeys(rates, 0), sharded_offsets
+        )
 
 
 class UnplannedTransformerLayer(TransformerLayer):
@@ -362,9 +353,7 @@ def _causal(attention: Any, use_sdpa: bool) -> Any:
     return changed
 
 
-def _check(config: TransformerConfig, vocab_size: int, decay: str, parts: int) -> None:
-    if decay not in ("none", "alibi", "learned"):
-        raise ValueError(f"decay is {decay!r}; pass 'none', 'alibi' or 'learned'")
+def _check(config: TransformerConfig, vocab_size: int, parts: int) -> None:
     if vocab_size % parts:
         raise ValueError(f"vocab_size is {vocab_size}, which tensor parallel size {parts} does not divide; pad it")
     groups = config.num_query_groups or config.num_attention_heads

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ta_plugin.attention import CausalChunks, choose_chunk
+from ta_plugin.attention import CausalChunks, DecayKind, choose_chunk
 from ta_plugin.models.decode_cache import DecodeCache
 from ta_plugin.models.rotary import RotaryAttention, WindowCache
-from ta_plugin.models.token_keyed import DecayKind, TokenKeyedAttention
+from ta_plugin.models.token_keyed import TokenKeyedAttention
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.routing import HashOwners
 from ta_plugin.strategies import CausalRows, Halo, pieces_of

@@ -6,15 +6,11 @@ below made of it; where it stands enters by the decay, and what came before by t
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
-from ta_plugin.attention import CausalChunks, alibi_slopes, causal_attention
+from ta_plugin.attention import CausalChunks, DecayKind, HeadDecay, causal_attention
 from ta_plugin.models.decode_cache import LayerRows
 from ta_plugin.strategies import CausalRows, causal_over_ranks
-
-DecayKind = Literal["none", "alibi", "learned"]
 
 
 class TokenKeyedAttention(nn.Module):
@@ -23,11 +19,9 @@ class TokenKeyedAttention(nn.Module):
     dim:        width of the hidden states
     token_dim:  width of the token rows (the embedding) that keys and values are projected from; dim by default
     value_vocab: instead of projected, values are an embedding table of this many ids of their own
-    decay:      "none"; "alibi", its fixed slopes; "learned", one per head, from ALiBi's slopes on
+    decay:      as for `HeadDecay`
     deterministic, backend: of `causal_attention`
     """
-
-    slopes: Tensor | None
 
     def __init__(
         self,
@@ -43,8 +37,6 @@ class TokenKeyedAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if decay not in ("none", "alibi", "learned"):
-            raise ValueError(f"decay is {decay!r}; pass 'none', 'alibi' or 'learned'")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         if num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads, {num_heads}")
@@ -57,8 +49,7 @@ class TokenKeyedAttention(nn.Module):
         self.value = nn.Linear(token_dim, width, bias=False) if value_vocab is None else None
         self.value_table = None if value_vocab is None else nn.Embedding(value_vocab, width)
         self.output = nn.Linear(num_heads * self.head_dim, dim, bias=False)
-        self.log_decay = nn.Parameter(alibi_slopes(num_heads).log()) if decay == "learned" else None
-        self.register_buffer("slopes", alibi_slopes(num_heads) if decay == "alibi" else None, persistent=False)
+        self.decay = HeadDecay(decay, num_heads)
         self.deterministic, self.backend = deterministic, backend
 
     def forward(self, hidden: Tensor, rows: Tensor, chunks: CausalChunks, cache: LayerRows | None = None) -> Tensor:
@@ -94,10 +85,6 @@ class TokenKeyedAttention(nn.Module):
         k, v = self.keys_and_values(rows, newest)
         out = cache.step(self._queries(hidden), k, v, decay=self.decay(), backend=self.backend)
         return self.output(out.flatten(1))
-
-    def decay(self) -> Tensor | None:
-        """(H,) decay per position, or None."""
-        return self.slopes if self.log_decay is None else self.log_decay.exp()
 
     def keys_and_values(self, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """rows (n, token_dim) of tokens (n,) -> k, v (n, Hk, D)."""

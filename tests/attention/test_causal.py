@@ -363,13 +363,6 @@ def test_nan_stays_in_its_document() -> None:
     assert out[1:4].isnan().all()
 
 
-def test_alibi_slopes() -> None:
-    torch.testing.assert_close(alibi_slopes(8), 0.5 ** torch.arange(1, 9))
-    twelve = alibi_slopes(12)
-    torch.testing.assert_close(twelve[:8], alibi_slopes(8))
-    torch.testing.assert_close(twelve[8:], alibi_slopes(16)[:8:2])
-
-
 def test_bad_input_is_named() -> None:
     space = UniqueSpace.from_packed(torch.tensor([1, 2, 1]))
     q, k, v = inputs_of(space, 2, 2)

@@ -209,8 +209,7 @@ def attention_against_formula(decay: str, packed: bool) -> list[tuple[Tensor, Te
         )
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5
         if decay != "none":
-            rate = module.slopes if module.log_decay is None else module.log_decay.exp()
-            scores = scores - rate.double()[:, None, None] * (place[:, None] - place)
+            scores = scores - module.decay().double()[:, None, None] * (place[:, None] - place)
         share = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         mixed = torch.einsum("bhij,bjhd->ibhd", share, v).flatten(2)
         if not packed:

@@ -1,0 +1,36 @@
+"""Decays per head: ALiBi's slopes, and one rule for learned ones at every width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ta_plugin.attention import HeadDecay, alibi_slopes
+
+
+def test_alibi_slopes() -> None:
+    torch.testing.assert_close(alibi_slopes(8), 0.5 ** torch.arange(1, 9))
+    twelve = alibi_slopes(12)
+    torch.testing.assert_close(twelve[:8], alibi_slopes(8))
+    torch.testing.assert_close(twelve[8:], alibi_slopes(16)[:8:2])
+
+
+@pytest.mark.parametrize("kind", ["alibi", "learned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_the_module_costs_no_precision(kind: str, dtype: torch.dtype) -> None:
+    decay = torch.nn.Sequential(HeadDecay(kind, 12)).to(dtype)[0]
+    got = decay()
+    assert got.dtype == (torch.float64 if kind == "learned" and dtype == torch.float64 else torch.float32)
+    if kind == "alibi":
+        assert torch.equal(got, alibi_slopes(12))
+    else:
+        torch.testing.assert_close(got.double(), decay.log_decay.double().exp(), rtol=1e-6, atol=0)
+        got.sum().backward()
+        torch.testing.assert_close(decay.log_decay.grad, got.detach().to(dtype), rtol=0, atol=0)
+
+
+def test_parts_are_the_heads_of_their_ranks() -> None:
+    assert torch.equal(torch.cat([HeadDecay("alibi", 12, part=part, parts=3)() for part in range(3)]), alibi_slopes(12))
+    assert HeadDecay("none", 4)() is None
+    with pytest.raises(ValueError, match="decay is 'rope'; pass 'none'"):
+        HeadDecay("rope", 4)
