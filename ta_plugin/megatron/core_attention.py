@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,8 +50,7 @@ class TokenizedCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.scoring = Scoring(scale=softmax_scale, backend=backend)
         self.set_deterministic(deterministic)
-        context = getattr(pg_collection, "cp", None)
-        self.context = SSPGroup(context if context is not None and context.size() > 1 else None)
+        self.context = _context_of(pg_collection)
 
     def set_deterministic(self, deterministic: bool) -> None:
         """Whether backward repeats bit for bit; Megatron's deterministic_mode has it do so in any case."""
@@ -93,7 +93,11 @@ class TokenizedCoreAttention(MegatronModule):
 
 
 class SDPACoreAttention(MegatronModule):
-    """Attention over positions by torch's scaled_dot_product_attention: Megatron's local DotProductAttention without CUDA."""
+    """Attention over positions by torch's scaled_dot_product_attention: Megatron's local DotProductAttention without CUDA.
+
+    Under context parallelism, which that one lacks, each rank holds the positions that Megatron deals it, zigzag, and gathers the keys
+    and values of all.
+    """
 
     def __init__(
         self,
@@ -103,21 +107,39 @@ class SDPACoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         if config.window_size is not None or getattr(config, "softmax_type", "vanilla") != "vanilla":
             raise ValueError("window_size or softmax_type is set; leave both out, or use use_sdpa=False on a GPU")
-        self.scale = softmax_scale
+        self.scale, self.context = softmax_scale, _context_of(pg_collection)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, /, **_: Any) -> Tensor:
-        """query (L, B, H, D), key and value (L, B, Hk, D), attention_mask broadcast to (B, 1, L, L), True where hidden -> (L, B, H * D)."""
+        """query (L, B, H, D), key and value (L, B, Hk, D) of this rank's positions -> (L, B, H * D).
+
+        attention_mask: broadcast to (B, 1, L, positions of all ranks), True where hidden. Raises ValueError for another number of columns
+        """
+        key, value = self._whole(key, "keys"), self._whole(value, "values")
+        if attention_mask.shape[-1] != key.shape[0]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; pass a column for each of the {key.shape[0]} positions of the "
+                f"{self.context.size} context-parallel rank(s)"
+            )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         dropout = self.config.attention_dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=~attention_mask, dropout_p=dropout, scale=self.scale, enable_gqa=True
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _whole(self, rows: Tensor, name: str) -> Tensor:
+        """Of N ranks' (L / N, ...), pieces r and 2 N - 1 - r of 2 N, all in order: (L, ...)."""
+        size = self.context.size
+        if size == 1:
+            return rows
+        pieces = all_gather_rows(rows, [rows.shape[0]] * size, self.context, name).unflatten(0, (size, 2, -1))
+        return torch.cat([pieces[:, 0], pieces[:, 1].flip(0)]).flatten(0, 1)
 
 
 class TokenizedSelfAttention(SelfAttention):
@@ -135,3 +157,8 @@ class TokenizedSelfAttention(SelfAttention):
                 "position_embedding_type='none', or in a mixed stack set no_rope_freq to 1 for the tokenized layers"
             )
         return super().forward(hidden_states, *args, **kwargs)
+
+
+def _context_of(pg_collection: ProcessGroupCollection | None) -> SSPGroup:
+    context = getattr(pg_collection, "cp", None)
+    return SSPGroup(context if context is not None and context.size() > 1 else None)

@@ -314,7 +314,7 @@ def get_token_keyed_block_spec(
     must follow the valid positions. options: as for `get_token_keyed_layer_spec`. Raises ValueError unless every >= 1.
 
     use_sdpa: torch's scaled_dot_product_attention in local stock layers, as in `get_mixed_block_spec`; it wants an attention_mask, which
-              then holds the window too
+              then holds the window too, and under context parallelism is (B, 1, L / N, L) of this rank's positions onto all
     """
     if every < 1:
         raise ValueError(f"every is {every}; pass 1 (all layers) or more")

@@ -58,14 +58,16 @@ def model_of(layout: Layout, every: int, window: tuple[int, int] | None = None, 
 def losses_and_gradients(layout: Layout, every: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses (2, LENGTH) of a GPTModel, and the gradients of their mean, whole: gathered over tensor parallelism."""
     with megatron(layout) as groups:
-        model = model_of(layout, every)
+        model = model_of(layout, every, use_sdpa=layout.cp > 1)  # Megatron's local layers know no context parallelism
         fill(model, layout.tp)
         positions = torch.arange(LENGTH).expand(2, -1)
         age = positions[0][:, None] - positions[0]
-        mask = ((age < 0) | (age > 5))[None, None]  # Megatron would make it on "cuda", in recomputation too
+        mask = dealt(((age < 0) | (age > 5))[None], layout.cp)[
+            None
+        ]  # Megatron would make it on "cuda", in recomputation too
         tokens, labels, positions = (dealt(x, layout.cp) for x in (*batch(), positions))
         plan = plan_causal(tokens, model.config, chunk=8 // layout.cp)
-        losses = model(tokens, positions, mask if layout.cp == 1 else None, labels=labels, packed_seq_params=plan)
+        losses = model(tokens, positions, mask, labels=labels, packed_seq_params=plan)
         (losses.sum() / (2 * LENGTH)).backward()
         whole = {}
         for name, parameter in model.named_parameters():
