@@ -6,6 +6,25 @@ import torch
 from torch import Tensor
 
 
+def check_tensor(name: str, x: object) -> None:
+    """A torch.Tensor: no list and no array of numpy."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; pass a tensor (`torch.as_tensor({name})`)")
+
+
+def check_grid(name: str, tokens: Tensor, device: torch.device) -> None:
+    """Something (B, L) int64 on `device`."""
+    check_tensor(name, tokens)
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"{name} is {tokens.dtype}; pass int64 (`{name}.long()`)")
+    if tokens.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tokens.shape)}; pass (batch_size, length)")
+    if tokens.device.type != device.type:
+        raise ValueError(
+            f"{name} is on {tokens.device}, the group exchanges on {device}; move it with `{name}.to('{device}')`"
+        )
+
+
 def check_tokens(
     name: str,
     tokens: Tensor,
@@ -15,14 +34,7 @@ def check_tokens(
     shape: tuple[int, int] | None = None,
 ) -> None:
     """Ids (B, L) int64 on `device`, of `shape` where one is required, valid up to `lengths` (B,)."""
-    if tokens.dtype != torch.int64:
-        raise ValueError(f"{name} is {tokens.dtype}; pass int64 (`{name}.long()`)")
-    if tokens.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tokens.shape)}; pass (batch_size, length)")
-    if tokens.device.type != device.type:
-        raise ValueError(
-            f"{name} is on {tokens.device}, the group exchanges on {device}; move it with `{name}.to('{device}')`"
-        )
+    check_grid(name, tokens, device)
     if shape is not None and tuple(tokens.shape) != shape:
         raise ValueError(
             f"{name} has shape {tuple(tokens.shape)}, but batch_size and sequence_length are {shape}; pad a short batch with "
@@ -48,6 +60,7 @@ def check_lengths(name: str, lengths: Tensor | None, batch: int, longest: int, d
     """Lengths (B,) int64 in [0, longest], or None."""
     if lengths is None:
         return
+    check_tensor(name, lengths)
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
         raise ValueError(f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}; pass int64 of shape ({batch},)")
     if lengths.device.type != device.type:
@@ -62,6 +75,7 @@ def check_cutoffs(cutoffs: Tensor | None, targets: Tensor, tokens: Tensor) -> No
     """Cutoffs (B, T) int64 of targets (B, T, ...), or None."""
     if cutoffs is None:
         return
+    check_tensor("target_cutoffs", cutoffs)
     if cutoffs.dtype != torch.int64 or cutoffs.shape != targets.shape[:2]:
         expected = tuple(targets.shape[:2])
         raise ValueError(
@@ -73,6 +87,7 @@ def check_cutoffs(cutoffs: Tensor | None, targets: Tensor, tokens: Tensor) -> No
 
 def check_queries(queries: Tensor, tokens: Tensor) -> None:
     """Query embeddings (B, T, E) floating on the tokens' device."""
+    check_tensor("queries", queries)
     if queries.dim() != 3 or not queries.is_floating_point():
         raise ValueError(f"queries is {queries.dtype} of shape {tuple(queries.shape)}; pass floating (B, T, E)")
     if queries.device != tokens.device:
@@ -83,6 +98,7 @@ def check_side(name: str, side: Tensor | None, tokens: Tensor, heads: set[int], 
     """A per-occurrence input: (B, L) or (B, L, heads); with trailing=1 (B, L, heads, Dv)."""
     if side is None:
         return
+    check_tensor(name, side)
     lead = tuple(tokens.shape)
     dims = {3 + trailing} if trailing else {2, 3}
     fits = side.dim() in dims and tuple(side.shape[:2]) == lead and (side.dim() == 2 or side.shape[2] in heads)

@@ -100,6 +100,12 @@ class ShardedTokenEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim is {embedding_dim}; pass 1 or more")
+        if optimizer is not None and not hasattr(optimizer, "init_state"):
+            raise ValueError(
+                f"optimizer is {optimizer!r}; pass a rule of ta_plugin.row_optimizers, such as LazyAdam(lr=1e-3)"
+            )
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.group = SSPGroup.wrap(group)

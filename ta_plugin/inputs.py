@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ta_plugin.attention.layers import PackedTargets
-from ta_plugin.checks import check_cutoffs, check_lengths, check_queries, check_side, check_tokens
+from ta_plugin.checks import check_cutoffs, check_grid, check_lengths, check_queries, check_side, check_tokens
 from ta_plugin.strategies.request import Encoder
 
 OPTIONAL = ("targets", "queries", "target_lengths", "target_cutoffs", "bias", "value_term", "multiplier", "encode")
@@ -36,6 +36,8 @@ class Inputs:
         self, shape: tuple[int, int], device: torch.device, vocab_size: int | None, num_heads: int, num_kv_heads: int
     ) -> None:
         """Raise ValueError for what is wrong with this rank's arguments."""
+        if self.lengths is None:
+            raise ValueError("lengths is None; pass (B,) int64, L for a sample without padding")
         check_tokens("tokens", self.tokens, device, vocab_size, self.lengths, shape)
         self._check_targets(device, vocab_size)
         check_side("bias", self.bias, self.tokens, {num_heads})
@@ -64,6 +66,8 @@ class Inputs:
             return
         if self.queries is not None:
             check_queries(self.queries, self.tokens)
+        else:
+            check_grid("targets", grid, device)
         check_lengths("target_lengths", self.target_lengths, grid.shape[0], grid.shape[1], self.tokens.device)
         if self.targets is not None:
             check_tokens("targets", self.targets, device, vocab_size, self.target_lengths)

@@ -115,6 +115,7 @@ class TokenizedAttention(nn.Module):
         error: ValueError | None = None
         try:
             self._check_ranks(nranks)
+            self._check_sizes(vocab_size)
             if row_multiple < 1:
                 raise ValueError(f"row_multiple is {row_multiple}; pass 1 or more")
             if strategy not in _STRATEGIES:
@@ -252,8 +253,27 @@ class TokenizedAttention(nn.Module):
     def _check_ranks(self, nranks: int) -> None:
         if nranks != self.group.size:
             alone = self.group.group is None
-            remedy = "initialise torch.distributed" if alone else f"pass nranks={self.group.size} or a group"
+            remedy = (
+                "initialise torch.distributed first, or pass nranks=1"
+                if alone
+                else f"pass nranks={self.group.size} or a group"
+            )
             raise ValueError(f"nranks is {nranks}, but the group has {self.group.size} rank(s); {remedy}")
+
+    def _check_sizes(self, vocab_size: int | None) -> None:
+        for name in ("batch_size", "sequence_length"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 0:
+                raise ValueError(f"{name} is {size!r}; pass an int, 0 or more")
+        if not callable(self.embedding_fn):
+            raise ValueError(
+                f"embedding_fn is {self.embedding_fn!r}; pass what maps ids to rows, such as ShardedTokenEmbedding or nn.Embedding"
+            )
+        known = vocab_size_of(self.embedding_fn)
+        if vocab_size is not None and known is not None and vocab_size > known:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but embedding_fn has {known} ids; leave it out, or pass {known} or less"
+            )
 
     def _check_layout(self) -> None:
         if self.layout not in _LAYOUTS:
@@ -269,13 +289,12 @@ class TokenizedAttention(nn.Module):
     def _agree(self, error: ValueError | None = None) -> None:
         """Raise on every rank if any found an error, or if they were constructed differently."""
         uneven = self.layout == "sequence"  # chunks of any length
-        mine: dict[str, int] = {
-            "layout": _LAYOUTS.index(self.layout) if error is None else 0,
-            "batch_size": self.batch_size,
-            "sequence_length": 0 if uneven else self.sequence_length,
-        }
+        mine: dict[str, int] = {}
         if error is None:
-            mine |= {
+            mine = {
+                "layout": _LAYOUTS.index(self.layout),
+                "batch_size": self.batch_size,
+                "sequence_length": 0 if uneven else self.sequence_length,
                 "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
                 "num_heads": self.projections.num_heads,
                 "num_kv_heads": self.projections.num_kv_heads,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ta_plugin.checks import check_tensor
 from ta_plugin.ops import Segments, UniqueRows, expand, segment_logsumexp, segment_sum, unique_rows
 
 _INT32_MAX = 2**31 - 1
@@ -240,6 +241,7 @@ class UniqueSpace:
 
 
 def _check_int64(name: str, x: Tensor, dim: int) -> None:
+    check_tensor(name, x)
     if x.dtype != torch.int64:
         raise ValueError(f"{name} is {x.dtype}; pass int64 (`{name}.long()`)")
     if x.dim() != dim:

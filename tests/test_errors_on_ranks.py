@@ -61,6 +61,8 @@ def spoil(batch: dict[str, Any], change: str) -> None:
         "bias of another shape": lambda: batch.update(bias=torch.zeros(BATCH, LENGTH + 1)),
         "no gradients": lambda: torch.set_grad_enabled(False),
         "no tensor": lambda: batch.update(tokens=batch["tokens"].tolist()),
+        "flat targets": lambda: batch.update(targets=batch["targets"].flatten()),
+        "no lengths": lambda: batch.update(lengths=None),
         "cutoffs without targets": lambda: batch.update(targets=None, target_cutoffs=torch.zeros(2, 3).long()),
         "multiplier under softmax": lambda: batch.update(multiplier=torch.ones(BATCH, LENGTH)),
     }
@@ -90,7 +92,9 @@ MESSAGES = {  # argument, value and remedy
         "torch.no_grad()",
         "freeze the same",
     ],
-    "no tensor": [WHO],
+    "no tensor": [WHO, "tokens is a list", "torch.as_tensor(tokens)"],
+    "flat targets": [WHO, f"targets has shape ({BATCH * TARGETS},)", "pass (batch_size, length)"],
+    "no lengths": [WHO, "lengths is None", "pass (B,) int64"],
     "cutoffs without targets": [WHO, "target_cutoffs is given without targets", "pass targets"],
     "multiplier under softmax": [WHO, "multiplier is given with normaliser='softmax'", "as bias"],
 }
@@ -130,9 +134,10 @@ def bad_batches(strategy: str, changes: list[str], options: dict[str, Any]) -> l
 
 def bad_construction(change: dict[str, Any]) -> str:
     sizes: dict[str, Any] = {"batch_size": BATCH, "sequence_length": LENGTH, "nranks": RANKS}
+    sizes["embedding_fn"] = nn.Embedding(VOCAB, EMBED)
     if dist.get_rank() == CULPRIT:
         sizes |= change
-    message = failure_of(lambda: TokenizedAttention(**sizes, embedding_fn=nn.Embedding(VOCAB, EMBED)))
+    message = failure_of(lambda: TokenizedAttention(**sizes))
     still_works(attention("gather"))
     return message
 
@@ -217,6 +222,10 @@ def test_a_bad_batch_on_one_rank_raises_on_every_rank(rank_pools: Any, strategy:
         ({"layout": "stripes"}, [WHO, "layout is 'stripes'", "choose one of"]),
         ({"layout": "sequence", "strategy": "gather"}, ["strategy is 'gather' in layout 'sequence'", "'ring'"]),
         ({"num_heads": 2, "num_kv_heads": 3}, [WHO, "num_kv_heads is 3", "does not divide"]),
+        ({"batch_size": 2.0}, [WHO, "batch_size is 2.0", "pass an int"]),
+        ({"vocab_size": VOCAB + 1}, [WHO, f"vocab_size is {VOCAB + 1}, but embedding_fn has {VOCAB} ids"]),
+        ({"embedding_fn": None}, [WHO, "embedding_fn is None; pass what maps ids to rows"]),
+        ({"backend": "flash"}, [WHO, "backend is 'flash'; choose one of"]),
     ],
 )
 def test_sizes_that_differ_at_construction_raise_on_every_rank(

@@ -14,8 +14,9 @@ once per distinct id. A tokenized layer below would be bidirectional and show ea
 With --ta-token-keyed-every n, every n-th layer is token-keyed instead: its keys and values come from a table of tokens, its queries from
 positions, so it is causal, sees all positions before and holds each distinct token once. The other layers are stock, rotary, and with
 --ta-window W see W positions. This is an architecture choice: such a model is trained as one, no rotary checkpoint loads into it and it is
-no drop-in for a rotary model. Its tables are sharded over TP, a sequence over context parallelism, where rotary layers gather the keys of all
-positions and token-keyed ones those of distinct tokens; SSP and pipeline parallelism are refused beside it.
+no drop-in for a rotary model. Its tables are sharded over TP, and a sequence over context
+parallelism, where rotary layers gather the keys of all positions and token-keyed ones those of distinct tokens; SSP and pipeline
+parallelism are refused beside it.
 --ta-objective masked hides 15% of the tokens and predicts them: the first --ta-tokenized-layers layers (half of them by default) run on
 distinct tokens without positions, and stock bidirectional layers with rotary positions above put them in order.
 

@@ -29,6 +29,8 @@ def self_attention(
     Equal to attention over all positions, read at any occurrence of each token. q (U, H, D), k (U, Hk, D), v (U, Hk, Dv);
     bias, value_term and multiplier per occurrence, shaped as the space's tokens were given: (B, L[, H]), (B, L, Hv, Dv).
     """
+    if q.shape[0] != space.num_rows:
+        raise ValueError(f"q has {q.shape[0]} rows, but the space {space.num_rows}; pass one row per distinct token")
     out, _ = cross_attention(
         space, q, space.cu_seqlens, k, v, bias=bias, value_term=value_term, multiplier=multiplier, scoring=scoring
     )
@@ -48,6 +50,8 @@ def cross_attention(
     scoring: Scoring | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Packed queries q (Q, H, D) of each sample onto its history's rows: out (Q, H, Dv), and lse (Q, H) under softmax."""
+    if k.shape[0] != space.num_rows:
+        raise ValueError(f"k has {k.shape[0]} rows, but the space {space.num_rows}; pass one row per distinct token")
     scoring = scoring or Scoring()
     sides = Sides.pack(space, bias, value_term, multiplier)
     weights = RowWeights.fold(space, sides, scoring.normaliser, q.dtype)

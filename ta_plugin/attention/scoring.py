@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ta_plugin.attention.backends.choose import BACKENDS
 from ta_plugin.attention.dense import Activation, Normaliser, dense_attention
 from ta_plugin.attention.merge import merge
 from ta_plugin.attention.weighted import weighted_attention
@@ -34,6 +35,8 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.normaliser not in ("softmax", "none"):
             raise ValueError(f"normaliser is {self.normaliser!r}; pass 'softmax' or 'none'")
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}; choose one of {', '.join(map(repr, BACKENDS))}, or None")
         if self.activation is not None and self.normaliser == "softmax":
             raise ValueError(
                 "activation is given with normaliser='softmax'; put it inside a score module, or pass 'none'"

@@ -162,12 +162,19 @@ def _check(
         raise ValueError(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; q and k share head_dim, k and v rows and heads"
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one dtype")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads and k {k.shape[1]}; the second must divide the first")
     if cu_seqlens_q.numel() != cu_seqlens_k.numel():
         raise ValueError(
             f"cu_seqlens_q bounds {cu_seqlens_q.numel() - 1} samples, cu_seqlens_k {cu_seqlens_k.numel() - 1}; pass the same samples"
         )
+    for name, bounds, rows in (("cu_seqlens_q", cu_seqlens_q, q.shape[0]), ("cu_seqlens_k", cu_seqlens_k, k.shape[0])):
+        if not bounds.is_cuda and int(bounds[-1]) != rows:  # on a GPU reading it would wait for the device
+            raise ValueError(
+                f"{name} ends at {int(bounds[-1])}, but there are {rows} rows; bounds rise from 0 to all rows"
+            )
     if log_weight is not None:
         keys = log_weight.shape[1:] if q_chunk is not None else log_weight.shape
         if tuple(keys) not in ((k.shape[0],), (k.shape[0], q.shape[1])):

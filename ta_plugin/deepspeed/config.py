@@ -126,6 +126,8 @@ def agree_on_block(config: dict[str, Any], world: SSPGroup) -> TokenizedAttentio
 def _explain(problem: dict[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
     key = ".".join([BLOCK, *path])
+    if problem["type"] == "model_type":
+        return f'{key} is {problem["input"]!r}; write an object of options, for example {{"type": "lazy_adam", "lr": 0.001}}'
     if problem["type"] != "extra_forbidden":
         return f"{key} is {problem['input']!r}: {problem['msg'].lower()}"
     model = RowOptimizerConfig if len(path) > 1 else TokenizedAttentionConfig

@@ -56,6 +56,7 @@ def convert(
     sequence_group: Ulysses' group, with the "sequence" layout
     """
     _check_backend(block, group)
+    _check_patterns(model, block)
     done = Conversion(group)
     _place_ulysses(model, block, sequence_group, done)
     _shard_tables(model, block, done)
@@ -129,6 +130,17 @@ def _check_backend(block: TokenizedAttentionConfig, group: SSPGroup) -> None:
         )
     except ValueError as error:
         raise ValueError(f"{BLOCK}.backend: {error}") from None
+
+
+def _check_patterns(model: nn.Module, block: TokenizedAttentionConfig) -> None:
+    if isinstance(model, PipelineModule):  # a stage holds some modules only
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding | ShardedTokenEmbedding)]
+    for pattern in block.embeddings:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{BLOCK}.embeddings has {pattern!r}, which matches no embedding; the model has {', '.join(names) or 'none'}"
+            )
 
 
 def _shard_tables(model: nn.Module, block: TokenizedAttentionConfig, done: Conversion) -> None:

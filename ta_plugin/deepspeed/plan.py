@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ta_plugin.checks import check_grid, check_tensor
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.unique_space import UniqueSpace
 
@@ -40,13 +41,15 @@ class TokenPlan:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind(*args, **kwargs).arguments
-            tokens = given[self.tokens]
-            self.build(tokens, None if self.lengths is None else given.get(self.lengths))
+            self.build(given.get(self.tokens), None if self.lengths is None else given.get(self.lengths))
 
         model.register_forward_pre_hook(before, with_kwargs=True)
 
-    def build(self, tokens: Tensor, lengths: Tensor | None) -> None:
+    def build(self, tokens: Tensor | None, lengths: Tensor | None) -> None:
         """From ids (B, L) and lengths (B,) or a mask (B, L)."""
+        check_tensor(self.tokens, tokens)
+        assert tokens is not None
+        check_grid(self.tokens, tokens, tokens.device)
         batch, width = tokens.shape
         if lengths is None:
             lengths = torch.full((batch,), width, dtype=torch.int64, device=tokens.device)

@@ -115,15 +115,16 @@ class SDPACoreAttention(MegatronModule):
             raise ValueError("window_size or softmax_type is set; leave both out, or use use_sdpa=False on a GPU")
         self.scale, self.context = softmax_scale, _context_of(pg_collection)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, /, **_: Any) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, /, **_: Any) -> Tensor:
         """query (L, B, H, D), key and value (L, B, Hk, D) of this rank's positions -> (L, B, H * D).
 
         attention_mask: broadcast to (B, 1, L, positions of all ranks), True where hidden. Raises ValueError for another number of columns
         """
         key, value = self._whole(key, "keys"), self._whole(value, "values")
-        if attention_mask.shape[-1] != key.shape[0]:
+        if attention_mask is None or attention_mask.shape[-1] != key.shape[0]:
+            given = "None" if attention_mask is None else f"of shape {tuple(attention_mask.shape)}"
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; pass a column for each of the {key.shape[0]} positions of the "
+                f"attention_mask is {given}; pass a column for each of the {key.shape[0]} positions of the "
                 f"{self.context.size} context-parallel rank(s)"
             )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))

@@ -69,7 +69,7 @@ class SSPGroups:
         Raises ValueError when expert parallelism lays its experts out in another way than SSP its rows: both use the same
         gradient bucket.
         """
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        groups = collection_of(pg_collection)
         experts = getattr(groups, "ep", None)
         if experts is not None and experts.size() > 1:
             same = _ranks(experts) == _ranks(self.ssp) and _ranks(groups.expt_dp) == _ranks(self.replicas)
@@ -122,6 +122,15 @@ def create_ssp_groups(
 
 
 _NAMES = ("SSP", "SSP_REPLICAS", "TP_SSP_PP")
+
+
+def collection_of(pg_collection: ProcessGroupCollection | None) -> ProcessGroupCollection:
+    """The collection itself, or the one of `initialize_model_parallel`. Raises ValueError when there is neither."""
+    if pg_collection is None and not parallel_state.is_initialized():
+        raise ValueError(
+            "pg_collection is None, and Megatron has no groups yet; call parallel_state.initialize_model_parallel first"
+        )
+    return pg_collection or ProcessGroupCollection.use_mpu_process_groups()
 
 
 def ssp_group(pg_collection: ProcessGroupCollection) -> SSPGroup:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ta_plugin.checks import check_tensor
 from ta_plugin.megatron.plan import RowLayout
 from ta_plugin.routing import Route
 from ta_plugin.unique_space import UniqueSpace
@@ -29,8 +30,7 @@ class LabelledRows:
 
     @classmethod
     def of(cls, labels: Tensor, layout: RowLayout, vocab_size: int) -> LabelledRows:
-        """Labels (B, L) int64, negative where there is none. Raises ValueError for labels that are no id."""
-        check_labels(labels, layout.space.num_samples, layout.space.padded_length, vocab_size)
+        """Labels (B, L) int64, negative where there is none, that `check_labels` lets pass."""
         packed = layout.space.pack(labels)
         row = layout.space.inverse - layout.first
         keep = (packed >= 0) & (row >= 0) & (row < layout.rows)
@@ -61,7 +61,6 @@ class LabelledRows:
     @classmethod
     def of_positions(cls, labels: Tensor, layout: RowLayout, vocab_size: int) -> LabelledRows:
         """The same for hidden states over positions (L, B): each labelled occurrence by itself; rows count l * B + b."""
-        check_labels(labels, layout.space.num_samples, layout.space.padded_length, vocab_size)
         length = torch.arange(labels.shape[1], device=labels.device)
         keep = (labels >= 0) & (length < layout.space.cu_occurrences.diff()[:, None])
         slots = keep.T.reshape(-1).nonzero().squeeze(1)
@@ -109,6 +108,7 @@ def loss_function(
 
 def check_labels(labels: Tensor, batch: int, length: int | None, vocab_size: int) -> None:
     """Labels (B, L) int64 below vocab_size. Raises ValueError."""
+    check_tensor("labels", labels)
     expected = (batch, length)
     if labels.dtype != torch.int64 or tuple(labels.shape) != expected:
         raise ValueError(f"labels is {labels.dtype} of shape {tuple(labels.shape)}; pass int64 of shape {expected}")

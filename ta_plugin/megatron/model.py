@@ -17,9 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from ta_plugin.checks import check_tokens
+from ta_plugin.checks import check_tensor, check_tokens
 from ta_plugin.megatron.core_attention import TokenizedCoreAttention
 from ta_plugin.megatron.embedding import SSPTokenEmbedding
+from ta_plugin.megatron.groups import collection_of
 from ta_plugin.megatron.layer_specs import get_block_spec, get_tokenized_layer_spec
 from ta_plugin.megatron.layers import PositionTransformerLayer, TokenizedTransformerLayer, rotary_angles
 from ta_plugin.megatron.loss import LabelledRows, check_labels
@@ -69,7 +70,7 @@ class TokenizedModel(LanguageModule):
         rotary_base: float | None = None,
         deterministic: bool = True,
     ) -> None:
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        groups = collection_of(pg_collection)
         super().__init__(config=config, pg_collection=groups)
         if row_multiple < 1:
             raise ValueError(f"row_multiple is {row_multiple}; pass 1 or more")
@@ -195,8 +196,9 @@ class TokenizedModel(LanguageModule):
         shared = self.layout == "sequence"
         error: Exception | None = None
         try:
+            check_tensor("tokens", tokens)
             check_tokens("tokens", tokens, tokens.device, self.vocab_size, lengths)
-            if shared and labels is not None:
+            if labels is not None:
                 check_labels(labels, tokens.shape[0], tokens.shape[1], self.vocab_size)
             plan = self.plan(tokens, lengths) if plan is None and not shared else plan
         except ValueError as failure:
@@ -204,7 +206,7 @@ class TokenizedModel(LanguageModule):
         exchanging = [self.embedding.group] if self.pre_process else []
         for group in [*exchanging, *([self.context] if shared else [])]:
             try:  # what is wrong on one rank raises on all that exchange rows
-                batches = exchange_header(group, [tokens.shape[0]], error)
+                batches = exchange_header(group, [0 if error else tokens.shape[0]], error)
             except ValueError as failure:
                 error = failure
         if error is not None:

@@ -52,6 +52,9 @@ def check_positions(position_embedding_type: str | None, name: str = "position_e
 
 def check_model(config: TransformerConfig, row_capacity: int | Sequence[int] | None, mixed: bool) -> None:
     """Refuse what a whole tokenized model cannot do."""
+    capacities = [row_capacity] if isinstance(row_capacity, int) else row_capacity
+    if capacities is not None and (not capacities or min(capacities) < 1):
+        raise ValueError(f"row_capacity is {row_capacity}; pass one or more numbers of rows, each 1 or more, or None")
     stages = config.pipeline_model_parallel_size
     if stages > 1 and row_capacity is None and not config.variable_seq_lengths:
         raise ValueError(

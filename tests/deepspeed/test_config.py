@@ -34,6 +34,12 @@ def message_of(block: dict[str, Any], key: str = "tokenized_attention", extra: d
         ({"strategy": "circle"}, "tokenized_attention", "tokenized_attention.strategy is 'circle'"),
         ({"backend": "sdap"}, "tokenized_attention", "tokenized_attention.backend: backend is 'sdap'"),
         ({"optimizer": {"typ": "sgd"}}, "tokenized_attention", "optimizer.typ is no known key; did you mean 'type'"),
+        ({"optimizer": "adam"}, "tokenized_attention", "optimizer is 'adam'; write an object of options"),
+        (
+            {"embeddings": ["tok*"]},
+            "tokenized_attention",
+            "embeddings has 'tok*', which matches no embedding; the model has",
+        ),
         ({"modules": ["*"]}, "tokenized_attention", "tokenized_attention.tokens is not set"),
         ({"layout": "sequence"}, "tokenized_attention", "there is no sequence-parallel group"),
     ],

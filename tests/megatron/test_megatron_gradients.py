@@ -11,7 +11,7 @@ from dense_model import DenseModel, Sizes, microbatch
 from layouts import Layout, config_of, fill
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from ranks import RankPool
+from ranks import RankPool, own_groups
 
 from ta_plugin.megatron import TokenizedModel, create_ssp_groups, get_mixed_block_spec, loss_function
 from ta_plugin.megatron.gradients import clip_gradients, reduce_gradients
@@ -20,6 +20,11 @@ SIZES = Sizes(microbatches=2)
 
 
 def train_plainly(layout: Layout, steps: int) -> list[tuple[float, float]]:
+    with own_groups():
+        return _train_plainly(layout, steps)
+
+
+def _train_plainly(layout: Layout, steps: int) -> list[tuple[float, float]]:
     parallel_state.initialize_model_parallel(
         layout.tp, context_parallel_size=layout.cp, create_gloo_process_groups=False
     )

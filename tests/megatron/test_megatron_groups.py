@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from ranks import RankPool
 
 from ta_plugin.megatron import SSPRanks, create_ssp_groups, ssp_group
+from ta_plugin.megatron.groups import collection_of
 
 pytestmark = pytest.mark.newest
 
@@ -86,3 +87,8 @@ def beside_other_experts() -> str:
 def test_experts_and_rows_share_one_layout(megatron_ranks: Callable[[int], RankPool]) -> None:
     for message in megatron_ranks(4).run(beside_other_experts):
         assert "ssp size is 4 beside expert parallel size 2" in message
+
+
+def test_without_groups_what_to_call_is_said() -> None:
+    with pytest.raises(ValueError, match=r"call parallel_state\.initialize_model_parallel first"):
+        collection_of(None)

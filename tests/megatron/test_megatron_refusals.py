@@ -67,6 +67,9 @@ def test_pipelines() -> None:
     with pytest.raises(ValueError, match=r"variable_seq_lengths=True.*row_capacity"):
         check_model(fixed, None, mixed=False)
     check_model(fixed, 64, mixed=False)
+    for nothing in (0, []):
+        with pytest.raises(ValueError, match="each 1 or more"):
+            check_model(config_of(Layout()), nothing, mixed=False)
     with pytest.raises(ValueError, match=r"row_capacity is \[32, 64\].*one number"):
         check_model(fixed, [32, 64], mixed=False)
     with pytest.raises(ValueError, match="interleaved schedule on 2 pipeline stages"):
@@ -123,6 +126,11 @@ def refused(kind: str) -> str:
             elif kind == "one bad id":
                 model = TokenizedModel(config, 60, pg_collection=groups, vocab_divisible_by=8)
                 model(tokens + (60 if groups.ssp.rank() else 0), lengths)
+            elif kind in ("one bad label", "a list"):
+                model = TokenizedModel(config, 60, pg_collection=groups, vocab_divisible_by=8)
+                second = groups.ssp.rank() == 1
+                given = tokens.tolist() if second and kind == "a list" else tokens
+                model(given, lengths, labels=tokens + (60 if second and kind == "one bad label" else 0))
             elif kind == "capacity":
                 model = TokenizedModel(config, 60, pg_collection=groups, vocab_divisible_by=8, row_capacity=2)
                 model(tokens, lengths)
@@ -139,6 +147,8 @@ def refused(kind: str) -> str:
         ("no plan", "use ta_plugin.megatron.TokenizedModel"),
         ("rows", "ssp size 2 does not divide"),
         ("one bad id", "rank 1 of 2: tokens"),
+        ("one bad label", "rank 1 of 2: labels holds 63, but the output has 60 ids"),
+        ("a list", "rank 1 of 2: tokens is a list; pass a tensor"),
         ("capacity", "3 distinct rows, but row_capacity is 2"),
     ],
 )
