@@ -165,7 +165,6 @@ def _adopt(name: str, table: ShardedTokenEmbedding, block: TokenizedAttentionCon
     group = done.group
     if table.group.size == 1 and group.size > 1:
         if not block.shard_embeddings:
-            done.left.append((name, f"{BLOCK}.shard_embeddings is false, but its rows cannot train unsharded over SSP"))
             raise ValueError(
                 f"{name} is a ShardedTokenEmbedding on one rank, and {BLOCK}.shard_embeddings is false; leave that key out"
             )
@@ -196,7 +195,7 @@ def _replace_embedding(
     if not block.shard_embeddings:
         done.left.append((name, f"{BLOCK}.shard_embeddings is false: a replicated nn.Embedding, owned by hash"))
         return
-    reason = why_not_shardable(embedding) or _used_elsewhere(model, embedding)
+    reason = why_not_shardable(embedding) or _tied(model, embedding) or _used_elsewhere(model, embedding)
     if reason is not None:
         done.left.append((name, f"not sharded: {reason}"))
         return
@@ -210,18 +209,10 @@ def _replace_embedding(
 
 def _used_elsewhere(model: nn.Module, embedding: nn.Embedding) -> str | None:
     for name, module in model.named_modules():
-        if module is embedding:
-            continue
-        for child, parameter in module.named_parameters(recurse=False):
-            if parameter is embedding.weight:
-                return f"its weight is tied to {name}.{child}"
-        if not isinstance(module, TokenizedAttention):
-            for child, other in module.named_children():
-                if other is embedding:
-                    path = f"{name}.{child}" if name else child
-                    return (
-                        f"the model holds it as {path} too and may call it; name it in {BLOCK}.embeddings to shard both"
-                    )
+        for child, other in module.named_children():
+            if other is embedding and not isinstance(module, TokenizedAttention):
+                path = f"{name}.{child}" if name else child
+                return f"the model holds it as {path} too and may call it; name it in {BLOCK}.embeddings to shard both"
     return None
 
 

@@ -34,18 +34,23 @@ class RoutedTokenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         group = self.table.group
-        distinct = UniqueSpace.from_packed(ids.reshape(-1))
-        exchange_header(group, [], self._error(distinct.tokens))
+        distinct, error = None, None
+        try:
+            distinct = UniqueSpace.from_packed(ids.reshape(-1))
+            self._check(distinct.tokens)
+        except ValueError as failure:
+            error = failure
+        exchange_header(group, [], error)
+        assert distinct is not None
         owners = self.table.owner_of(distinct.tokens)
         route = Route.build(owners, distinct.cu_seqlens, [1] * group.size, group)
         rows = lookup(distinct.tokens, route, self.table, "embedding")
         return distinct.expand(rows).reshape(*ids.shape, self.embedding_dim)
 
-    def _error(self, distinct: Tensor) -> ValueError | None:
+    def _check(self, distinct: Tensor) -> None:
         bad = distinct[(distinct < 0) | (distinct >= self.num_embeddings)]
-        if bad.numel() == 0:
-            return None
-        return ValueError(f"id {int(bad[0])} is outside the vocabulary; ids lie in [0, {self.num_embeddings})")
+        if bad.numel():
+            raise ValueError(f"id {int(bad[0])} is outside the vocabulary; ids lie in [0, {self.num_embeddings})")
 
 
 def table_of(attention: TokenizedAttention) -> object:

@@ -77,5 +77,13 @@ class _LocalCausalAttention(_LocalAttention):
         space, scoring = self._plan.space, self._scoring
         assert space is not None
         keys, values = (self._plan.rows_of(x) for x in (k, v))
-        out = causal_attention(space, space.pack(q), keys, values, scale=scoring.scale, backend=scoring.backend)
+        out = causal_attention(
+            space,
+            space.pack(q),
+            keys,
+            values,
+            scale=scoring.scale,
+            deterministic=scoring.deterministic,
+            backend=scoring.backend,
+        )
         return space.unpack(out)

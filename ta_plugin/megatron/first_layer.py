@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ta_plugin.attention import causal_attention
-from ta_plugin.megatron.refusals import check_core
+from ta_plugin.megatron.refusals import check_core, check_dropout
 from ta_plugin.unique_space import UniqueSpace
 
 
@@ -40,10 +40,7 @@ class RepeatedKeyAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_core(config, attention_type)
-        if config.attention_dropout:
-            raise ValueError(
-                f"attention_dropout is {config.attention_dropout}; it would drop all occurrences of a token together. Set it to 0.0"
-            )
+        check_dropout(config, "attention_dropout")
         if attn_mask_type is not AttnMaskType.causal:
             raise ValueError(f"attn_mask_type is {attn_mask_type.name}; this layer is causal, use AttnMaskType.causal")
         if config.context_parallel_size > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -269,9 +268,3 @@ class TokenizedModel(LanguageModule):
             gather_output=False,
             tp_group=self.tp_group,
         )
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """For megatron.core.dist_checkpointing: any (TP, PP, DP, SSP) that divides the sizes loads what any other saved."""
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)

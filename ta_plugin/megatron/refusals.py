@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 def check_layer(config: TransformerConfig, attn_mask_type: AttnMaskType, attention_type: str) -> None:
     """Raise ValueError for a core attention over distinct rows that would differ from attention over positions."""
-    _check_dropout(config)
+    check_dropout(config, "attention_dropout", "hidden_dropout")
     if attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal):
         raise ValueError(
             f"attn_mask_type is {attn_mask_type.name}; equal tokens see different prefixes under a causal mask, so they share no "
@@ -96,8 +96,9 @@ def check_rotary(config: TransformerConfig, tokenized: list[bool], first: int) -
         raise ValueError("rotary_interleaved is set; rotary_base gives halves rotated together, set it to False")
 
 
-def _check_dropout(config: TransformerConfig) -> None:
-    for name in ("attention_dropout", "hidden_dropout"):
+def check_dropout(config: TransformerConfig, *names: str) -> None:
+    """Refuse these dropouts of the config: no dropout of occurrences is dropout of rows."""
+    for name in names:
         if getattr(config, name):
             raise ValueError(
                 f"{name} is {getattr(config, name)}; it would drop all occurrences of a token together. Set {name}=0.0"

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ta_plugin.attention import CausalChunks, DecayKind, HeadDecay, causal_attention, choose_chunk
 from ta_plugin.megatron.core_attention import SDPACoreAttention
 from ta_plugin.megatron.layer_specs import final_norm, has_transformer_engine, stock_spec
+from ta_plugin.megatron.refusals import check_dropout
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.routing import HashOwners
 from ta_plugin.strategies import CausalRows, causal_over_ranks
@@ -359,9 +360,6 @@ def _check(config: TransformerConfig, vocab_size: int, parts: int) -> None:
     groups = config.num_query_groups or config.num_attention_heads
     if groups % parts or config.num_attention_heads % parts:
         raise ValueError(f"num_query_groups is {groups}; tensor parallel size {parts} must divide it")
-    if config.attention_dropout:
-        raise ValueError(
-            f"attention_dropout is {config.attention_dropout}; it would drop all occurrences of a token together. Set it to 0.0"
-        )
+    check_dropout(config, "attention_dropout")
     if getattr(config, "multi_latent_attention", False):
         raise ValueError("multi_latent_attention is set; token-keyed layers have keys of their own. Set it to False")

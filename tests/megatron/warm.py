@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import sys
 
 MODULES = (
     "torch._dynamo",
@@ -19,5 +20,7 @@ MODULES = (
 
 
 def load(name: str) -> None:
-    importlib.import_module(name)
-    gc.freeze()  # what imports leave stays; collecting what a test leaves need not look at it
+    if name not in sys.modules:
+        importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # what imports leave stays: to collect what a test leaves, nobody needs to look at it
