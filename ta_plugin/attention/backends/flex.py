@@ -7,10 +7,13 @@ from functools import cache
 
 import torch
 import torch._dynamo.config
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from ta_plugin.attention.backends.padded import over_buckets
+
+LEAST_DIM = 16  # torch's kernel takes no smaller head dim; columns of zeros change nothing
 
 
 @cache
@@ -32,7 +35,10 @@ def flex_attention_of(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The contract of `weighted_attention` on CUDA, without chunks."""
-    return over_buckets(_dense, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale, causal)
+    width = v.shape[2]
+    q, k, v = (F.pad(x, (0, max(0, LEAST_DIM - x.shape[2]))) for x in (q, k, v))
+    out, lse = over_buckets(_dense, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale, causal)
+    return out[..., :width], lse
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
