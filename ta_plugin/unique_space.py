@@ -13,6 +13,7 @@ from ta_plugin.checks import check_tensor
 from ta_plugin.ops import Segments, UniqueRows, expand, segment_logsumexp, segment_sum, unique_rows
 
 _INT32_MAX = 2**31 - 1
+_SHORT = 4096
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class UniqueSpace:
     def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None) -> UniqueSpace:
         """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample."""
         _check_int64("tokens", tokens, 1)
+        size = tokens.numel()
+        if (
+            cu_seqlens is None and 0 < size <= _SHORT
+        ):  # as a padded sample: one thread block on a GPU, and fewer launches
+            return cls._of(unique_rows(tokens.view(1, size), torch.full((1,), size, device=tokens.device)))
         bounds = _bounds(tokens, cu_seqlens)
         found = unique_rows(tokens, bounds)
         if not found.well_formed:
