@@ -58,7 +58,7 @@ CASES = [(*shape, chunk, torch.bfloat16) for shape in (ONE, SEVERAL) for chunk i
 
 
 @pytest.mark.parametrize("decayed", [False, True])
-@pytest.mark.parametrize(("lengths", "heads", "dim", "apart", "chunk", "dtype"), CASES)
+@pytest.mark.parametrize(("lengths", "heads", "dim", "apart", "chunk", "dtype"), CASES, ids=str)
 def test_equals_plain_causal_attention(
     lengths: list[int], heads: tuple[int, int], dim: int, apart: bool, chunk: int, decayed: bool, dtype: torch.dtype
 ) -> None:
