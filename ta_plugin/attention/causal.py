@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ta_plugin.attention.causal_parts import ContractParts, KernelParts, Part, Rows, parts_for
 from ta_plugin.attention.chunk_cost import choose_chunk
-from ta_plugin.attention.chunks import CausalChunks
+from ta_plugin.attention.chunks import CausalChunks, Group
 from ta_plugin.attention.prefix import Decay, PrefixCounts, PrefixDecay
 from ta_plugin.attention.weighted import weighted_attention
 from ta_plugin.ops import expand
@@ -99,10 +99,10 @@ def causal_attention(
     if decay is not None and times is None:
         times = space.positions()
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if chunks.one_per_sample:
+    parts = parts_for(q, v, scale, backend, deterministic)
+    if chunks.one_per_sample and not parts.reads_results:  # nothing to merge: backward need not compute it again
         out, lse = _over_positions(space, q, k, v, decay, times, scale, deterministic, backend)
     else:
-        parts = parts_for(q, v, scale, backend, deterministic)
         out, lse = _Causal.apply(q, k, v, decay, _Call(chunks, times, parts))
     return (out, lse) if return_lse else out
 
@@ -153,21 +153,51 @@ class _Call:
 
     def groups(self, q: Tensor, k: Tensor, decay: Tensor | None, with_derivative: bool) -> Iterator[Part]:
         """Groups of chunks in order, with their weights: at most as many bytes as the keys, forward and again in backward."""
-        wide = _wide(q)
-        state: PrefixCounts | PrefixDecay
+        chunks, wide = self.chunks, _wide(q)
+        room = k.numel() * k.element_size() // wide.itemsize
         if decay is None:
-            state = PrefixCounts(self.chunks, wide)
-        else:
-            assert self.times is not None
-            state = PrefixDecay(self.chunks, wide, Decay(decay, self.times), with_derivative)
-        per_cell = state.cell_tensors * wide.itemsize * (1 if decay is None else q.shape[1])
-        for group in self.chunks.groups(k.numel() * k.element_size() // per_cell):
-            if isinstance(state, PrefixCounts):
-                weights, derivative, bias, ages = state.weights(group), None, None, None
-            else:
-                weights, derivative = state.weights(group)
-                bias, ages = state.bias(group), state.ages(group)
-            yield Part(self.chunks, group, weights if group.prefixed else None, derivative, bias, ages)
+            if chunks.one_per_sample:
+                yield Part(chunks, chunks.whole, None, None, None, None)
+                return
+            counts = PrefixCounts(chunks, wide)
+            for group in chunks.groups(room // counts.cell_tensors):
+                weights = counts.weights(group)  # for every group: later ones go on from here
+                yield Part(chunks, group, weights if group.prefixed else None, None, None, None)
+            return
+        assert self.times is not None
+        state = PrefixDecay(chunks, wide, Decay(decay, self.times), with_derivative)
+        if chunks.one_per_sample:
+            yield Part(chunks, chunks.whole, None, None, state.bias(chunks.whole), state.ages(chunks.whole))
+            return
+        for group in chunks.groups(room // (state.cell_tensors * q.shape[1])):
+            weights, derivative = state.weights(group)
+            yield Part(
+                chunks, group, weights if group.prefixed else None, derivative, state.bias(group), state.ages(group)
+            )
+
+
+class _RowGradient:
+    """Gradient of rows (U, Hk, D), from groups of chunks: that of a group with all rows as it is, of several summed in float32 or wider."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.total: Tensor | None = None
+
+    def add(self, chunks: CausalChunks, group: Group, inside: Tensor, before: Tensor | None) -> None:
+        """inside: per query, of the keys at the group's positions; before: per row."""
+        inside = chunks.fold(inside, group)
+        if group.size == chunks.num_chunks:
+            self.total = inside if before is None else inside + before
+            return
+        if self.total is None:
+            self.total = torch.zeros(self.rows.shape, dtype=_wide(self.rows), device=self.rows.device)
+        for found in (inside, before):
+            if found is not None:
+                self.total[group.rows] += found
+
+    def result(self) -> Tensor:
+        assert self.total is not None  # there is an occurrence, so there is a chunk
+        return self.total.to(self.rows.dtype)
 
 
 class _Causal(torch.autograd.Function):
@@ -195,17 +225,15 @@ class _Causal(torch.autograd.Function):
         call: _Call = ctx.call
         learned = decay is not None and ctx.needs_input_grad[3]
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk, dv = (torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (k, v))
+        dk, dv = _RowGradient(k), _RowGradient(v)
         ddecay = torch.zeros(q.shape[1], dtype=torch.float64, device=q.device) if learned else None
         dout = None if dout is None else call.parts.rows(dout)
         for part in call.groups(q, k, decay, learned):
             group = part.group
             outer = [None if x is None else x[group.queries] for x in (dout, dlse, *results)]
             grads = call.parts.backward(outer, Rows.of(part, q, k, v), part, learned, dq[group.queries])
-            for total, inside, before in ((dk, grads.keys, grads.k), (dv, grads.values, grads.v)):
-                total[group.rows] += call.chunks.fold(inside, group)
-                if before is not None:
-                    total[group.rows] += before
+            dk.add(call.chunks, group, grads.keys, grads.k)
+            dv.add(call.chunks, group, grads.values, grads.v)
             if ddecay is not None:
                 assert part.ages is not None and grads.bias is not None
                 # a query's own term shifts its whole log-sum-exp
@@ -213,7 +241,7 @@ class _Causal(torch.autograd.Function):
                 ddecay += (of_bias * part.ages[:, None]).sum(0, dtype=torch.float64)
                 if grads.weights is not None and part.derivative is not None:
                     ddecay += (grads.weights * part.derivative).sum((0, 1), dtype=torch.float64)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None if ddecay is None else ddecay.to(decay.dtype), None
+        return dq, dk.result(), dv.result(), None if ddecay is None else ddecay.to(decay.dtype), None
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -84,17 +85,22 @@ class GroupIndex:
     """What a group's calls index with, counted from the group's first query, row, chunk and sample.
 
     segments:         its queries -> its rows
-    chunk:            (queries,) int64, of each query
+    bounds:           (chunks + 1,) int64, of its chunks' queries
     cu_queries, cu_rows, cu_chunks: int32 bounds of its samples' queries and rows, and of its chunks' queries
     chunks_of_samples: int32 bounds of its samples' chunks
     """
 
     segments: Segments
-    chunk: Tensor
+    bounds: Tensor
     cu_queries: Tensor
     cu_rows: Tensor
     cu_chunks: Tensor
     chunks_of_samples: Tensor
+
+    @cached_property
+    def chunk(self) -> Tensor:
+        """(queries,) int64, of each query."""
+        return torch.repeat_interleave(self.bounds.diff(), output_size=self.segments.num_members)
 
 
 @dataclass(frozen=True)
@@ -121,14 +127,14 @@ class CausalChunks:
             raise ValueError(f"chunk is {size}; pass 1 or more")
         if space.spare_rows:
             raise ValueError(f"space has {space.spare_rows} spare rows; cut it before with_spare_rows")
-        samples, bounds = cut(torch.tensor(space.host_bounds[0]), size)
-        return cls(space, size, bounds.tolist(), samples.tolist())
+        samples, bounds = cut(space.host_bounds[0], size)
+        return cls(space, size, bounds, samples)
 
     @property
     def num_chunks(self) -> int:
         return len(self.host_samples)
 
-    @property
+    @cached_property
     def one_per_sample(self) -> bool:
         """Whether no sample is cut, so that nothing lies before a chunk: plain causal attention over positions."""
         return all(a != b for a, b in pairwise(self.host_samples))
@@ -143,8 +149,11 @@ class CausalChunks:
 
     @cached_property
     def before(self) -> Before:
-        """Reads the device once."""
+        """Reads the device once; where no sample is cut the host knows."""
         space = self.space
+        if self.one_per_sample:
+            first_row = [space.host_bounds[1][sample] for sample in self.host_samples]
+            return Before(self.bounds.new_zeros(self.num_chunks).int(), [*first_row, space.num_rows], first_row)
         first = space.segments.order[space.segments.offsets[:-1]]
         begun = torch.searchsorted(first, self.bounds)
         visible = (begun[:-1] - space.cu_seqlens.long()[self.samples]).int()
@@ -167,6 +176,11 @@ class CausalChunks:
         host = torch.searchsorted(pair_chunk, torch.arange(self.num_chunks + 1, device=device)).tolist()
         offsets = torch.cat([begin, begin.new_tensor([space.num_occurrences])])
         return Pairs(pair_chunk, row[begin], order, offsets, host)
+
+    @cached_property
+    def whole(self) -> Group:
+        """All chunks together."""
+        return self._group(0, self.num_chunks)
 
     def groups(self, cells: int, span: int = SPAN) -> list[Group]:
         """Consecutive chunks together while chunks x rows stays within `cells`, and queries within `span`; at least one each."""
@@ -202,22 +216,32 @@ class CausalChunks:
         return self._made[key]
 
     def _index(self, group: Group) -> GroupIndex:
-        space, device = self.space, self.space.tokens.device
-        bounds = self.bounds[group.first : group.last + 1] - group.start
-        index = space.inverse[group.queries] - group.row_start
-        by_row, order = index.int().sort(stable=True)
-        offsets = torch.searchsorted(by_row, torch.arange(group.num_rows + 1, dtype=torch.int32, device=device))
+        space = self.space
         which = slice(group.samples[0], group.samples[1] + 1)
-        samples = torch.arange(*group.samples, device=device)
-        ends = torch.searchsorted(self.samples[group.first : group.last], samples, right=True, out_int32=True)
+        ends = [bisect_right(self.host_samples, sample, group.first, group.last) for sample in range(*group.samples)]
+        of_samples = [0, *(end - group.first for end in ends)]
+        bounds, cu_queries, cu_rows = self.bounds, space.cu_occurrences[which], space.cu_seqlens[which]
+        segments = space.segments
+        if group.size < self.num_chunks:
+            bounds = bounds[group.first : group.last + 1] - group.start
+            cu_queries = cu_queries.clamp(group.start, group.stop) - group.start
+            cu_rows = cu_rows.clamp(group.row_start, group.row_stop) - group.row_start
+            segments = self._segments(group)
         return GroupIndex(
-            segments=Segments(index, order, offsets),
-            chunk=torch.repeat_interleave(bounds.diff(), output_size=group.stop - group.start),
-            cu_queries=(space.cu_occurrences[which].clamp(group.start, group.stop) - group.start).int(),
-            cu_rows=(space.cu_seqlens[which].clamp(group.row_start, group.row_stop) - group.row_start).int(),
+            segments=segments,
+            bounds=bounds,
+            cu_queries=cu_queries.int(),
+            cu_rows=cu_rows.int(),
             cu_chunks=bounds.int(),
-            chunks_of_samples=torch.nn.functional.pad(ends, (1, 0)),
+            chunks_of_samples=torch.tensor(of_samples, dtype=torch.int32, device=bounds.device),
         )
+
+    def _segments(self, group: Group) -> Segments:
+        """The queries of a group -> its rows."""
+        index = self.space.inverse[group.queries] - group.row_start
+        by_row, order = index.int().sort(stable=True)
+        offsets = torch.searchsorted(by_row, torch.arange(group.num_rows + 1, dtype=torch.int32, device=index.device))
+        return Segments(index, order, offsets)
 
     def pairs_of(self, group: Group) -> tuple[Tensor, Tensor, Segments]:
         """A group's pairs, chunk and row, and all occurrences -> pairs; counted from the group's first."""
@@ -238,11 +262,12 @@ class CausalChunks:
         return segment_sum(wide, self.index_of(group).segments)
 
 
-def cut(cu_occurrences: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Bounds of samples (B + 1,) int64 to the sample of each chunk (n,) and the bounds of chunks (n + 1,), int64."""
-    lengths = cu_occurrences.diff()
-    per_sample = (lengths + size - 1).div(size, rounding_mode="floor")
-    samples = torch.repeat_interleave(per_sample)
-    before = per_sample.cumsum(0) - per_sample
-    starts = cu_occurrences[samples] + (torch.arange(samples.numel()) - before[samples]) * size
-    return samples, torch.cat([starts, cu_occurrences[-1:]])
+def cut(cu_occurrences: list[int], size: int) -> tuple[list[int], list[int]]:
+    """Bounds of samples (B + 1) to the sample of each chunk (n) and the bounds of chunks (n + 1)."""
+    samples: list[int] = []
+    bounds: list[int] = []
+    for sample, (start, stop) in enumerate(pairwise(cu_occurrences)):
+        starts = range(start, stop, size)
+        samples += [sample] * len(starts)
+        bounds += starts
+    return samples, [*bounds, cu_occurrences[-1]]

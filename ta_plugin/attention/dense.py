@@ -96,8 +96,9 @@ def _per_query(weights: Tensor, chunk: Tensor | None) -> Tensor:
         return weights[:, None, None, :] if weights.dim() == 2 else weights.permute(0, 2, 1)[:, :, None, :]
     if weights.dim() == 3:
         weights = weights.unsqueeze(-1)
-    index = chunk[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
-    return weights.gather(2, index).permute(0, 3, 2, 1)
+    sample = torch.arange(chunk.shape[0], device=chunk.device)[:, None]
+    # indexed, not gathered: on CUDA the gradient of an index is added in order, that of gather by atomics
+    return weights.transpose(1, 2)[sample, chunk].permute(0, 3, 1, 2)
 
 
 def _absent(

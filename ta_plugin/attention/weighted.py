@@ -194,5 +194,6 @@ def _check(
         raise ValueError(
             f"k_visible has shape {tuple(k_visible.shape)}; pass one number per chunk, ({log_weight.shape[0]},)"
         )
-    if causal and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+    # the same tensor needs no look at the device
+    if causal and cu_seqlens_q is not cu_seqlens_k and not torch.equal(cu_seqlens_q, cu_seqlens_k):
         raise ValueError("causal is set, but cu_seqlens_q and cu_seqlens_k differ; pass a chunk against itself")

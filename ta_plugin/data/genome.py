@@ -56,17 +56,24 @@ class Genome:
 
         A k-mer that holds one base of a span tells it, so all of them go: length + k - 1 a span.
         """
-        offsets = torch.arange(1 - self.k, length, device=starts.device)
-        touched = (starts[:, None] + offsets).flatten()
+        touched = self._touched(starts, length)
         touched = touched[(touched >= 0) & (touched < self.rows.numel())]
         mask = torch.zeros(self.rows.numel(), dtype=torch.bool, device=starts.device)
         mask[touched] = True
         return mask
 
+    def _touched(self, starts: Tensor, length: int) -> Tensor:
+        """Where the k-mers begin that overlap a span, repeated where spans meet; outside the genome too."""
+        return (starts[:, None] + torch.arange(1 - self.k, length, device=starts.device)).flatten()
+
     def counts_without(self, starts: Tensor, length: int) -> Tensor:
-        """Counts (U,) int64 of the k-mers that overlap no span; each removed occurrence is removed once."""
-        gone = self.rows[self.hidden(starts, length)]
-        return self.counts - torch.bincount(gone[gone >= 0], minlength=self.counts.numel())
+        """Counts (U,) int64 of the k-mers that overlap no span; each removed occurrence is removed once. Reads nothing back."""
+        places = self._touched(starts, length).sort().values
+        inside = (places >= 0) & (places < self.rows.numel())
+        inside[1:] &= places[1:] != places[:-1]
+        rows = self.rows[places.clamp(0, self.rows.numel() - 1)]
+        gone = inside & (rows >= 0)
+        return self.counts.index_add(0, rows.clamp(min=0), gone.long(), alpha=-1)
 
     def windows(self, starts: Tensor, length: int, flank: int) -> Tensor:
         """Bases around each span with the span masked: (S, flank + length + flank) int64, unknown outside the genome.

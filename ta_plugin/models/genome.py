@@ -81,7 +81,8 @@ class GenomeModel(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, counts: Tensor) -> Tensor:
         """q (T, H, D) onto the k-mers, each weighted by the logarithm of how often it is visible; count 0 is absent."""
-        bounds_q, bounds_k = (torch.tensor([0, x.shape[0]], dtype=torch.int32, device=q.device) for x in (q, k))
+        # made on the device: a copy from the host would wait for it
+        bounds_q, bounds_k = (torch.arange(2, dtype=torch.int32, device=q.device) * x.shape[0] for x in (q, k))
         log_counts = counts.to(torch.promote_types(q.dtype, torch.float32)).log()
         return weighted_attention(q, k, v, log_counts, bounds_q, bounds_k, backend=self.backend)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -130,6 +131,10 @@ def test_chunks_built_once_serve_every_layer() -> None:
     groups = chunks.groups(1 << 40, span=16)
     assert [(g.start, g.stop) for g in groups] == [(0, 16), (16, 32), (32, 48), (48, 50)]
     assert all(chunks.index_of(g) is chunks.index_of(g) for g in groups)
+    two = UniqueSpace.from_packed(torch.tensor([1, 1, 2, 3, 3]), torch.tensor([0, 3, 5]))
+    whole, cut_up = (CausalChunks.of(two, size).before for size in (3, 2))
+    assert (whole.rows_begun, whole.first_row, whole.visible.tolist()) == ([0, 2, 3], [0, 2], [0, 0])  # unread
+    assert (cut_up.rows_begun, cut_up.first_row, cut_up.visible.tolist()) == ([0, 1, 2, 3], [0, 0, 2], [0, 1, 0])
     other = UniqueSpace.from_packed(torch.arange(50))
     with pytest.raises(ValueError, match="another space"):
         causal_attention(other, *inputs_of(other, 2, 2), chunk=chunks)
@@ -158,6 +163,8 @@ def test_gradients_of_a_frequent_token_sum_in_float32() -> None:
     out = causal_attention(space, q, k, v, chunk=2048)
     (grad,) = torch.autograd.grad(out, v, torch.ones_like(out))
     assert grad.eq(4096).all()  # bf16 sums would stop at 256
+    chunks = CausalChunks.of(space, 257)
+    assert chunks.fold(torch.ones(257, 1, 1, dtype=torch.bfloat16), chunks.groups(1)[0]) == 257  # bf16 has 256 and 258
 
 
 class LargestTensor(TorchDispatchMode):
@@ -244,9 +251,9 @@ def test_weights_over_a_million_positions_in_float32() -> None:
 def test_index_arithmetic_reaches_2_to_the_40() -> None:
     """Chunks of samples far beyond int32, and counts carried that far."""
     huge = 1 << 40
-    samples, bounds = cut(torch.tensor([0, huge, huge, huge + 1, 2 * huge]), 1 << 38)
-    assert samples.tolist() == [0, 0, 0, 0, 2, 3, 3, 3, 3]
-    assert bounds.diff().tolist() == [1 << 38] * 4 + [1] + [1 << 38] * 3 + [(1 << 38) - 1]
+    samples, bounds = cut([0, huge, huge, huge + 1, 2 * huge], 1 << 38)
+    assert samples == [0, 0, 0, 0, 2, 3, 3, 3, 3]
+    assert [b - a for a, b in pairwise(bounds)] == [1 << 38] * 4 + [1] + [1 << 38] * 3 + [(1 << 38) - 1]
 
     space = UniqueSpace.from_packed(torch.tensor([3, 4, 3, 3, 5, 4]))
     chunks = CausalChunks.of(space, 2)
@@ -265,7 +272,13 @@ def test_index_arithmetic_reaches_2_to_the_40() -> None:
 
 
 @settings(max_examples=25)
-@given(documents, st.integers(1, 9), st.sampled_from([(2, 2), (4, 2)]), decays, st.sampled_from(["out", "lse", "both"]))
+@given(
+    documents,
+    st.sampled_from([1, 3, 7, 50]),
+    st.sampled_from([(2, 2), (4, 2)]),
+    decays,
+    st.sampled_from(["out", "lse", "both"]),
+)
 def test_parts_by_a_kernel_that_takes_out_and_lse(
     lengths: list[int], chunk: int, heads: Any, kind: str, through: str
 ) -> None:
@@ -307,7 +320,9 @@ def test_what_reaches_a_kernel(deterministic: bool) -> None:
     wide = [torch.randn(n, 2, 17, dtype=torch.float64) for n in (60, space.num_rows, space.num_rows)]
     parts = KernelParts(8**-0.5, Kernels, deterministic)
     with patch("ta_plugin.attention.causal.parts_for", lambda *_: parts):
-        compare(space, [x[..., 1:9].requires_grad_() for x in wide], None, "out", chunk=7, dout=torch.randn(60, 2, 9))
+        for decay in (None, alibi_slopes(2).double()):  # a fixed one has no gradient either
+            inputs = [x[..., 1:9].requires_grad_() for x in wide]
+            compare(space, inputs, decay, "out", chunk=7, dout=torch.randn(60, 2, 9))
     assert seen and set(seen) == {deterministic}
 
 
@@ -320,9 +335,12 @@ def test_the_argument_decides_whether_backward_repeats(
     import ta_plugin.attention.causal_parts as cut
 
     asked: list[bool] = []
+    biases: list[float] = []
 
     def recorded(*args: Any, **options: Any) -> Any:
         asked.append(options["deterministic"])
+        if options.get("causal") and args[3] is not None:
+            biases.append(float(args[3].abs().max()))
         return weighted_attention(*args, **options)
 
     for module in (whole, cut):
@@ -332,8 +350,9 @@ def test_the_argument_decides_whether_backward_repeats(
     causal_attention(space, q, k, v, chunk=chunk, deterministic=deterministic).sum().backward()
     assert asked and set(asked) == {deterministic}
     asked.clear()
-    causal_attention(space, q, k, v, chunk=chunk)
+    causal_attention(space, q, k, v, chunk=chunk, decay=torch.ones(2))
     assert set(asked) == {True}  # as weighted_attention itself
+    assert max(biases) <= (min(chunk, 60) + 1) / 2  # counted from the middle, where float32 is best used
     torch.use_deterministic_algorithms(True)
     try:
         assert parts_for(q, v, 1.0, None, False).deterministic

@@ -43,13 +43,31 @@ def flex_attention_of(
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     if weight is not None:
-        weight = weight.expand(-1, q.shape[2], -1).contiguous()
+        weight = weight.expand(-1, q.shape[2], -1)
+        if weight.requires_grad and torch.is_grad_enabled():
+            q, k, scale = _with_gradient(q, k, weight, scale)
+        weight = weight.detach().contiguous()
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     # sizes of 1 compile apart from the rest (samples, queries, keys, with and without weights): more than the default of 8 variants,
     # and past the limit the kernel would silently be replaced by one that writes all scores out
     with torch._dynamo.config.patch(recompile_limit=64):
         out, lse = _compiled()(q, k, v, weight, scale, causal)
     return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _with_gradient(q: Tensor, k: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
+    """q, k (n, T, H, D) with one more column, through which `weight` (n, H, Tk) gets its gradient, and the scale.
+
+    What score_mod captures gets its gradient by an atomic addition per score, in an order that does not repeat. A key column of zeros
+    against a query column of ones adds nothing to a score, and its gradient is the weight's. Padded to what Triton would round up to.
+    """
+    if scale == 0:  # the column is divided by it
+        q, scale = q * 0, 1.0
+    weight = weight.masked_fill(weight == -torch.inf, 0.0)
+    column = ((weight - weight.detach()) / scale).transpose(1, 2).unsqueeze(-1).to(k.dtype)
+    spare = (1 << q.shape[3].bit_length()) - q.shape[3] - 1
+    q = F.pad(torch.cat([q, q.new_ones(*q.shape[:3], 1)], -1), (0, spare))
+    return q, F.pad(torch.cat([k, column], -1), (0, spare)), scale
 
 
 def _attend(
