@@ -282,6 +282,25 @@ def test_nan_stays_in_the_samples_that_name_it(device: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads_kv", [1, 2])
+def test_targets_with_cutoffs(device: str, dtype: torch.dtype, heads_kv: int) -> None:
+    """Later targets see more keys, so that warps of different targets disagree about which are there; none sees the NaN."""
+    case = draw(
+        device, [8, 3], [90, 40], table=70, heads=8, heads_kv=heads_kv, dtype=dtype, weights="pair", one_table=False
+    )
+    cutoffs = torch.arange(1, 9, device=device).unsqueeze(1) * 10
+    case.weight[torch.arange(130, device=device) >= cutoffs] = -torch.inf  # type: ignore[index]
+    case.rows[case.rows == 7] = 8
+    case.rows[80:] = 7
+    clean = run(case)
+    check(case, clean)
+    assert case.v_table is not None
+    case.k_table[7], case.v_table[7] = torch.nan, torch.nan
+    dirty = run(case)
+    assert all(torch.equal(dirty[name], x) for name, x in clean.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads_kv", [1, 2])
 def test_repeats_to_the_bit(device: str, dtype: torch.dtype, heads_kv: int) -> None:
     keys = [900, 30, 0, 500] if device == "cuda" else [90, 30, 0, 50]
     case = draw(device, [2, 9, 1, 1], keys, dtype=dtype, heads_kv=heads_kv, weights="head", absent=0.1)
