@@ -11,11 +11,12 @@ int width(const Problem& p) { return p.heads_kv * p.head_dim; }  // of a table r
 template <class Worker>
 cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
   const auto kernel = backward_kernel<Worker>;
-  TA_RETURN_IF_ERROR(allow_shared<BackwardShared<Worker>>(kernel));
+  constexpr size_t kBytes = sizeof(BackwardShared<Worker>);
+  TA_RETURN_IF_ERROR(allow_shared(kernel, kBytes));
   const Problem& p = parameters.p;
   if (p.samples > 0) {
     const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv);
-    kernel<<<grid, Worker::Shape::kBlockThreads, sizeof(BackwardShared<Worker>), stream>>>(parameters);
+    kernel<<<grid, kThreads, kBytes, stream>>>(parameters);
   }
   return cudaGetLastError();
 }
@@ -30,11 +31,11 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
   return cudaGetLastError();
 }
 
-template <typename T, int kDim, int kSplit, bool kOneTable>
+template <typename T, int kDim, int kGroups, bool kOneTable>
 cudaError_t launch_weights(const BackwardParameters& parameters, cudaStream_t stream) {
   return is_plain(parameters.p) && parameters.g.dweight == nullptr
-             ? launch<MmaBackward<T, kDim, kSplit, kOneTable, true>>(parameters, stream)
-             : launch<MmaBackward<T, kDim, kSplit, kOneTable, false>>(parameters, stream);
+             ? launch<MmaBackward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
+             : launch<MmaBackward<T, kDim, kGroups, kOneTable, false>>(parameters, stream);
 }
 
 template <typename T, int kDim, bool kOneTable>

@@ -108,7 +108,7 @@ struct QueryTile {
     load_queries<T, kRows, Shape::kDim, Shape::kStride>(dout, b.g.dout, b.p, rows, first);
     if (b.p.normaliser != Normaliser::kSoftmax) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int r = warp; r < kRows; r += Shape::kStreams * Shape::kSplit) {
+    for (int r = warp; r < kRows; r += kWarps) {
       float sum = 0.f, log_sum = CUDART_INF_F;  // +inf: every probability of a row that is not there is 0
       if (first + r < rows.count) {
         const int64_t at = rows.index(b.p, first + r);
@@ -125,21 +125,14 @@ struct QueryTile {
   }
 };
 
-// Each of a stream's kSplit warps takes 16 query rows, and a share of the columns of what the keys receive from all of them.
 // kPlain: is_plain, and no gradient of weights.
-template <typename T, int kDim, int kSplit, bool kOneTable, bool kPlain>
+template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain>
 class MmaBackward {
   static constexpr bool kWide = sizeof(T) == 4;
-  static constexpr int kElements = kDim * (kOneTable ? 1 : 2);  // of a key
-  // As many streams as sm_80's shared memory holds.
-  static constexpr int kStreams = !kWide                                             ? 4
-                                  : kElements > 128 && (kSplit > 1 || kDim > 128)    ? 3
-                                  : kElements == 128 && kOneTable && kSplit > 1      ? 5
-                                                                                     : 4;
 
  public:
-  using Shape = TileShape<T, kDim, !kWide && kElements * kSplit <= 128 ? 32 : 16, 2, kOneTable, kStreams, kSplit, true>;
-  static constexpr int kRows = 16 * kSplit;
+  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
+  static constexpr int kRows = 16 * kGroups, kBlocks = 2;
   static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
     alignas(16) T p[kRows * kCoefficients], ds[kRows * kCoefficients];  // (query rows, keys)
@@ -147,61 +140,66 @@ class MmaBackward {
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
                          const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
-      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), own_(Shape::part() * 16),
-        weights_(b.p, rows, first + own_), writer_{b, head_kv, first > 0} {
+      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
+        writer_{b, head_kv, first > 0} {
 #pragma unroll
-    for (int d = 0; d < kDim / 8; ++d)
+    for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dq_[0][d][i] = 0.f;
+      for (int d = 0; d < kDim / 8; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq_[g][d][i] = 0.f;
   }
 
   __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
-    float p[1][kTile / 8][4], ds[1][kTile / 8][4];
-    score<Shape, 1>(p, tile_.q + own_ * kStride, stage.k());
-    score<Shape, 1>(ds, tile_.dout + own_ * kStride, stage.v());
+    float p[kGroups][kTile / 8][4], ds[kGroups][kTile / 8][4];
+    score<Shape, kGroups>(p, tile_.q, stage.k());
+    score<Shape, kGroups>(ds, tile_.dout, stage.v());
     uint32_t absent = ~0u;
 #pragma unroll
-    for (int n = 0; n < kTile / 8; ++n)
+    for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = own_ + row_of(i), column = column_of(n, i);
-        const float w = kPlain ? weights_.of_key(stage, n, i) : weights_(stage, key, keys_left, 0, n, i);
-        if (!kPlain && w != -CUDART_INF_F) absent &= ~(1u << (n * 2 + i % 2));
-        const PairGradient pair =
-            pair_gradient<kPlain>(b_.p, p[0][n][i], ds[0][n][i], w, tile_.lse[row], tile_.delta[row]);
-        if (!kPlain && b_.g.dweight != nullptr && weights_.exists(0, i / 2) && column < keys_left)
-          b_.g.dweight[(int64_t(key + column) * b_.p.targets + rows_.target(first_ + row)) * b_.p.heads +
-                       rows_.head_of(first_ + row)] = pair.dw;
-        p[0][n][i] = pair.p;
-        ds[0][n][i] = pair.ds * b_.p.scale;
-      }
+      for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = g * 16 + row_of(i), column = column_of(n, i);
+          const float w = kPlain ? weights_.of_key(stage, n, i) : weights_(stage, key, keys_left, g, n, i);
+          if (!kPlain && w != -CUDART_INF_F) absent &= ~(1u << (n * 2 + i % 2));
+          const PairGradient pair =
+              pair_gradient<kPlain>(b_.p, p[g][n][i], ds[g][n][i], w, tile_.lse[row], tile_.delta[row]);
+          if (!kPlain && b_.g.dweight != nullptr && weights_.exists(g, i / 2) && column < keys_left)
+            b_.g.dweight[(int64_t(key + column) * b_.p.targets + rows_.target(first_ + row)) * b_.p.heads +
+                         rows_.head_of(first_ + row)] = pair.dw;
+          p[g][n][i] = pair.p;
+          ds[g][n][i] = pair.ds * b_.p.scale;
+        }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
-    accumulate<Shape, 1>(dq_, ds, stage.k());
-    hand_over(p, scratch_.p + own_ * kCoefficients);
-    hand_over(ds, scratch_.ds + own_ * kCoefficients);
-    Shape::sync();
+    accumulate<Shape, kGroups>(dq_, ds, stage.k());
+    hand_over(p, scratch_.p);
+    hand_over(ds, scratch_.ds);
+    __syncwarp();
     write_rows(stage, key);
   }
 
-  // dq: (kRows, kSumStride), of the stream
-  __device__ void store(float* dq) { store_sums<T, kDim, 1>(dq + own_ * kSumStride<kDim>, dq_); }
+  __device__ void store(float* dq) { store_sums<T, kDim, kGroups>(dq, dq_); }
 
  private:
   using Place = typename RowWriter<Shape>::Place;
-  static constexpr int kTables = kOneTable ? 1 : 2, kColumns = kDim / kSplit;
+  static constexpr int kTables = kOneTable ? 1 : 2;
 
   // Accumulators to shared memory, for the products whose rows are keys.
-  __device__ void hand_over(const float (&c)[1][kTile / 8][4], T* to) {
+  __device__ void hand_over(const float (&c)[kGroups][kTile / 8][4], T* to) {
 #pragma unroll
-    for (int n = 0; n < kTile / 8; ++n)
+    for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        T* const pair = to + row_of(2 * half) * kCoefficients + column_of(n, 0);
-        if constexpr (kWide)
-          *reinterpret_cast<float2*>(pair) = make_float2(c[0][n][2 * half], c[0][n][2 * half + 1]);
-        else
-          *reinterpret_cast<uint32_t*>(pair) = Half<T>::pack(c[0][n][2 * half], c[0][n][2 * half + 1]);
-      }
+      for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          T* const pair = to + (g * 16 + row_of(2 * half)) * kCoefficients + column_of(n, 0);
+          if constexpr (kWide)
+            *reinterpret_cast<float2*>(pair) = make_float2(c[g][n][2 * half], c[g][n][2 * half + 1]);
+          else
+            *reinterpret_cast<uint32_t*>(pair) = Half<T>::pack(c[g][n][2 * half], c[g][n][2 * half + 1]);
+        }
   }
 
   // dk = ds^T q and dv = p^T dout of the tile's keys, added when they share a table.
@@ -221,7 +219,7 @@ class MmaBackward {
 #pragma unroll
       for (int half = 0; half < 2; ++half) places[t][half] = writer_.place(stage, key, row_of(2 * half), t);
 #pragma unroll 1
-    for (int d = Shape::part() * kColumns; d < (Shape::part() + 1) * kColumns; d += 32) {
+    for (int d = 0; d < kDim; d += 32) {
       float dk[4][4] = {}, dv[4][4] = {};
       auto& values = kOneTable ? dk : dv;
 #pragma unroll
@@ -265,23 +263,22 @@ class MmaBackward {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           places[t][m][half] = writer_.place(stage, key, m * 16 + row_of(2 * half), t);
-    Fragment p[kTiles][kSplit], ds[kTiles][kSplit];
+    Fragment p[kTiles][kGroups], ds[kTiles][kGroups];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-      for (int g = 0; g < kSplit; ++g) {
+      for (int g = 0; g < kGroups; ++g) {
         const int at = (g * 16 + lane % 8 + lane / 16 * 8) * kCoefficients + m * 16 + lane / 8 % 2 * 8;
         p[m][g] = load_transposed(scratch_.p + at);
         ds[m][g] = load_transposed(scratch_.ds + at);
       }
     const int from = lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll 2
-    for (int column = 0; column < kColumns; column += 16) {
-      const int d = Shape::part() * kColumns + column;
+    for (int d = 0; d < kDim; d += 16) {
       float dk[kTiles][2][4] = {}, dv[kTiles][2][4] = {};
       auto& values = kOneTable ? dk : dv;
 #pragma unroll
-      for (int g = 0; g < kSplit; ++g) {
+      for (int g = 0; g < kGroups; ++g) {
         const Fragment q = load_transposed(tile_.q + from + g * 16 * kStride + d);
         const Fragment dout = load_transposed(tile_.dout + from + g * 16 * kStride + d);
 #pragma unroll
@@ -298,10 +295,10 @@ class MmaBackward {
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int at = d + column_of(n, 0);
-            writer_.write(places[0][m][half], at, {dk[m][n][2 * half], dk[m][n][2 * half + 1]});
+            const int column = d + column_of(n, 0);
+            writer_.write(places[0][m][half], column, {dk[m][n][2 * half], dk[m][n][2 * half + 1]});
             if (!kOneTable)
-              writer_.write(places[kTables - 1][m][half], at, {dv[m][n][2 * half], dv[m][n][2 * half + 1]});
+              writer_.write(places[kTables - 1][m][half], column, {dv[m][n][2 * half], dv[m][n][2 * half + 1]});
           }
     }
   }
@@ -311,57 +308,53 @@ class MmaBackward {
   int first_;
   const QueryTile<Shape, kRows>& tile_;
   Scratch& scratch_;
-  int own_;  // of the block's query rows, where the warp's begin
-  PairWeights<Shape, 1> weights_;
+  PairWeights<Shape, kGroups> weights_;
   RowWriter<Shape> writer_;
-  float dq_[1][kDim / 8][4];
+  float dq_[kGroups][kDim / 8][4];
 };
 
 template <class Worker>
 struct BackwardShared {
   using Shape = typename Worker::Shape;
   QueryTile<Shape, Worker::kRows> tile;
-  typename Worker::Scratch scratch[Shape::kStreams];
+  typename Worker::Scratch scratch[kWarps];
   union {
-    typename Shape::Stage stages[Shape::kStreams][Shape::kStages];
-    float dq[Shape::kStreams][Worker::kRows * kSumStride<Shape::kDim>];
+    typename Shape::Stage stages[kWarps][Shape::kStages];
+    float dq[kWarps][Worker::kRows * kSumStride<Shape::kDim>];
   };
 };
 
-template <class Worker>
-constexpr int kBackwardBlocks = sizeof(BackwardShared<Worker>) <= kHalfShared ? 2 : 1;  // of a multiprocessor
-
 // grid (slots, heads_kv); the groups of query rows take turns inside, because they write the same keys' gradients.
 template <class Worker>
-__global__ void __launch_bounds__(Worker::Shape::kBlockThreads, kBackwardBlocks<Worker>) backward_kernel(const BackwardParameters b) {
+__global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(const BackwardParameters b) {
   using Shape = typename Worker::Shape;
   extern __shared__ __align__(16) unsigned char bytes[];
   auto& shared = *reinterpret_cast<BackwardShared<Worker>*>(bytes);
   const Problem& p = b.p;
   Chunk chunk;
   if (!Chunk::find(b.chunks, blockIdx.x, Shape::kTile, &chunk)) return;
-  const int head_kv = blockIdx.y, of = Shape::stream();
+  const int head_kv = blockIdx.y, warp = threadIdx.x / 32;
   const QueryRows rows(p, chunk.sample, head_kv);
 
   int first = 0;
   do {  // once also without queries: the keys' gradients are then zeros
     shared.tile.load(b, rows, first);
     {
-      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[of], b.g.offsets);
+      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.offsets);
       __syncthreads();
-      Worker worker(b, rows, first, shared.tile, shared.scratch[of], head_kv);
+      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
       for (int tile = 0; tile < stream.tiles(); ++tile)
         worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
       copy_wait<0>();
       __syncthreads();
-      worker.store(shared.dq[of]);
+      worker.store(shared.dq[warp]);
     }
     __syncthreads();
     const int pieces = p.head_dim / 4, here = min(Worker::kRows, rows.count - first);
-    for (int i = threadIdx.x; i < here * pieces; i += Shape::kBlockThreads) {
+    for (int i = threadIdx.x; i < here * pieces; i += kThreads) {
       const int r = i / pieces, d = i % pieces * 4;
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-      for (int w = 0; w < Shape::kStreams; ++w)
+      for (int w = 0; w < kWarps; ++w)
         add_four(sum, *reinterpret_cast<const float4*>(&shared.dq[w][r * kSumStride<Shape::kDim> + d]));
       if (chunk.count > 1)
         store_four(b.partial_dq + b.partial(blockIdx.x, head_kv, first + r) * p.head_dim + d, sum);

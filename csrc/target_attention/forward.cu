@@ -8,11 +8,12 @@ namespace {
 template <class Worker>
 cudaError_t launch(const ForwardParameters& parameters, cudaStream_t stream) {
   const auto kernel = forward_kernel<Worker>;
-  TA_RETURN_IF_ERROR(allow_shared<ForwardShared<Worker>>(kernel));
+  constexpr size_t kBytes = sizeof(ForwardShared<Worker>);
+  TA_RETURN_IF_ERROR(allow_shared(kernel, kBytes));
   const Problem& p = parameters.p;
   const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv,
                   (parameters.row_slots + Worker::kRows - 1) / Worker::kRows);
-  kernel<<<grid, Worker::Shape::kBlockThreads, sizeof(ForwardShared<Worker>), stream>>>(parameters);
+  kernel<<<grid, kThreads, kBytes, stream>>>(parameters);
   return cudaGetLastError();
 }
 

@@ -40,10 +40,7 @@ class MmaForward {
   static constexpr int kBytes = kDim * int(sizeof(T)) * (kOneTable ? 1 : 2);  // of a key
 
  public:
-  // float32 with few query rows waits for products, not for memory: more streams instead of stages.
-  static constexpr bool kManyStreams = kWide && kGroups == 1 && kBytes <= 512;
-  using Shape = TileShape<T, kDim, !kWide && kBytes <= 256 ? 32 : 16, !kManyStreams && kDim * kGroups <= 128 && kBytes <= 512 ? 3 : 2,
-                          kOneTable, kManyStreams ? 6 : 4>;
+  using Shape = TileShape<T, kDim, !kWide && kBytes <= 256 ? 32 : 16, kDim * kGroups <= 128 && kBytes <= 512 ? 3 : 2, kOneTable>;
   static constexpr int kRows = 16 * kGroups, kBlocks = kBytes <= 512 ? 2 : 1;
 
   __device__ MmaForward(const Problem& p, const QueryRows& rows, int first, const T* q)
@@ -164,11 +161,11 @@ template <class Worker>
 struct ForwardShared {
   using Shape = typename Worker::Shape;
   alignas(16) typename Shape::T q[Worker::kRows * Shape::kStride];
-  float base[Shape::kStreams][Worker::kRows], total[Shape::kStreams][Worker::kRows];
-  float worth[Shape::kStreams][Worker::kRows];  // what a stream's sums count for in the block's
+  float base[kWarps][Worker::kRows], total[kWarps][Worker::kRows];
+  float worth[kWarps][Worker::kRows];  // what a warp's sums count for in the block's
   union {
-    typename Shape::Stage stages[Shape::kStreams][Shape::kStages];
-    float out[Shape::kStreams][Worker::kRows * kSumStride<Shape::kDim>];  // once every warp has read its keys
+    typename Shape::Stage stages[kWarps][Shape::kStages];
+    float out[kWarps][Worker::kRows * kSumStride<Shape::kDim>];  // once every warp has read its keys
   };
 };
 
@@ -187,7 +184,7 @@ __device__ __forceinline__ void add_scaled(float4& sum, float4 x, float by) {
 
 // grid (slots, heads_kv, groups of kRows query rows)
 template <class Worker>
-__global__ void __launch_bounds__(Worker::Shape::kBlockThreads, Worker::kBlocks) forward_kernel(const ForwardParameters parameters) {
+__global__ void __launch_bounds__(kThreads, Worker::kBlocks) forward_kernel(const ForwardParameters parameters) {
   using Shape = typename Worker::Shape;
   using T = typename Shape::T;
   extern __shared__ __align__(16) unsigned char bytes[];
@@ -195,12 +192,12 @@ __global__ void __launch_bounds__(Worker::Shape::kBlockThreads, Worker::kBlocks)
   const Problem& p = parameters.p;
   Chunk chunk;
   if (!Chunk::find(parameters.chunks, blockIdx.x, Shape::kTile, &chunk)) return;
-  const int head_kv = blockIdx.y, first = blockIdx.z * Worker::kRows, of = Shape::stream();
+  const int head_kv = blockIdx.y, first = blockIdx.z * Worker::kRows, warp = threadIdx.x / 32;
   const QueryRows rows(p, chunk.sample, head_kv);
   if (first >= rows.count) return;
 
   {
-    KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[of]);
+    KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp]);
     load_queries<T, Worker::kRows, Shape::kDim, Shape::kStride>(shared.q, p.q, p, rows, first);
     __syncthreads();
     Worker worker(p, rows, first, shared.q);
@@ -208,7 +205,7 @@ __global__ void __launch_bounds__(Worker::Shape::kBlockThreads, Worker::kBlocks)
       worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
     copy_wait<0>();
     __syncthreads();
-    worker.store(shared.out[of], shared.base[of], shared.total[of]);
+    worker.store(shared.out[warp], shared.base[warp], shared.total[warp]);
   }
   __syncthreads();
 
@@ -216,8 +213,8 @@ __global__ void __launch_bounds__(Worker::Shape::kBlockThreads, Worker::kBlocks)
   const int here = min(Worker::kRows, rows.count - first);
   if (const int r = threadIdx.x; r < here) {
     float base = -CUDART_INF_F, total = 0.f;
-    for (int w = 0; w < Shape::kStreams; ++w) base = fmaxf(base, shared.base[w][r]);
-    for (int w = 0; w < Shape::kStreams; ++w) {
+    for (int w = 0; w < kWarps; ++w) base = fmaxf(base, shared.base[w][r]);
+    for (int w = 0; w < kWarps; ++w) {
       const float worth = softmax ? rescale(shared.base[w][r], base) : 1.f;
       shared.worth[w][r] = worth;
       total += worth * shared.total[w][r];
@@ -230,10 +227,10 @@ __global__ void __launch_bounds__(Worker::Shape::kBlockThreads, Worker::kBlocks)
   }
   __syncthreads();
   const int pieces = p.head_dim / 4;
-  for (int i = threadIdx.x; i < here * pieces; i += Shape::kBlockThreads) {
+  for (int i = threadIdx.x; i < here * pieces; i += kThreads) {
     const int r = i / pieces, d = i % pieces * 4;
     float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int w = 0; w < Shape::kStreams; ++w)
+    for (int w = 0; w < kWarps; ++w)
       add_scaled(out, *reinterpret_cast<const float4*>(&shared.out[w][r * kSumStride<Shape::kDim> + d]), shared.worth[w][r]);
     if (chunk.count > 1) {
       store_four(parameters.partial_out + parameters.partial(blockIdx.x, head_kv, first + r) * p.head_dim + d, out);

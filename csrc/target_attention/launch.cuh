@@ -27,10 +27,9 @@ inline int row_slots(const Problem& p) { return p.targets * (p.heads / p.heads_k
 
 inline int padded_dim(const Problem& p) { return p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256; }
 
-template <class Shared, class Kernel>
-cudaError_t allow_shared(Kernel kernel) {
-  static_assert(sizeof(Shared) <= 163 * 1024, "more than a block of sm_80 may take");
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared)));
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
 }  // namespace target_attention

@@ -135,17 +135,12 @@ class PairWeights {
   // Softmax with weights per pair: zeroes the rows of keys that no query of the block sees, since 0 * NaN is NaN.
   // absent: bit 2 n + i of a lane, whether column_of(n, i) has weight -inf for all the rows this lane holds.
   __device__ void clear_absent(Stage& stage, uint32_t absent) const {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) absent &= __shfl_xor_sync(~0u, absent, step);
-    if constexpr (Shape::kSplit > 1) {  // what the other warps of the stream see
-      if (lane < 4) stage.absent[Shape::part()][lane] = absent;
-      Shape::sync();
-      for (int part = 0; part < Shape::kSplit; ++part) absent &= stage.absent[part][lane % 4];
-    }
     if (__ballot_sync(~0u, absent != 0) == 0) return;
+    const int lane = threadIdx.x % 32;
     __syncwarp();  // the scores have read these rows
-    for (int column = Shape::part(); column < Shape::kTile; column += Shape::kSplit) {
+    for (int column = 0; column < Shape::kTile; ++column) {
       const uint32_t bits = __shfl_sync(~0u, absent, column % 8 / 2);
       if ((bits >> (column / 8 * 2 + column % 2) & 1) == 0) continue;
       for (int d = lane; d < Shape::kDim; d += 32) {
@@ -153,7 +148,7 @@ class PairWeights {
         stage.v()[column * Shape::kStride + d] = narrow<typename Shape::T>(0.f);
       }
     }
-    Shape::sync();
+    __syncwarp();
   }
   __device__ bool per_pair() const { return per_pair_; }
 

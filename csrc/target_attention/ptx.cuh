@@ -31,11 +31,6 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Some warps of a block meet at barrier `name`, 1 to 15.
-__device__ __forceinline__ void meet(int name, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 struct Fragment {
   uint32_t x[4];
 };

@@ -9,9 +9,8 @@
 
 namespace target_attention {
 
-constexpr int kWarps = 4;  // of a block that merges
+constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kHalfShared = 228 * 1024 / 2 - 1024;  // what a block may take so that an H100's multiprocessor holds two
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -109,7 +108,7 @@ struct QueryRows {
 template <typename T, int kRows, int kDim, int kStride>
 __device__ void load_queries(T* shared, const void* source, const Problem& p, const QueryRows& rows, int first) {
   constexpr int kPiece = 16 / sizeof(T), kPieces = kDim / kPiece;
-  for (int i = threadIdx.x; i < kRows * kPieces; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
     const int row = first + i / kPieces, column = i % kPieces * kPiece;
     uint4 piece = make_uint4(0, 0, 0, 0);
     if (row < rows.count && column < p.head_dim)
@@ -120,13 +119,11 @@ __device__ void load_queries(T* shared, const void* source, const Problem& p, co
 
 // ---- tiles of keys ---------------------------------------------------------------------------
 
-// kOneTable: values are the keys. kMembers: each key brings its table row and the bounds of that row's members. kStreams: of tiles, in a
-// block; kSplit: warps that share one, each with query rows of its own.
-template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, int kStreams_, int kSplit_ = 1, bool kMembers_ = false>
+// kOneTable: values are the keys. kMembers: each key brings its table row and the bounds of that row's members.
+template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, bool kMembers_ = false>
 struct TileShape {
   using T = T_;
-  static constexpr int kDim = kDim_, kTile = kTile_, kStages = kStages_, kStreams = kStreams_, kSplit = kSplit_;
-  static constexpr int kBlockThreads = 32 * kStreams * kSplit;
+  static constexpr int kDim = kDim_, kTile = kTile_, kStages = kStages_;
   static constexpr bool kOneTable = kOneTable_, kMembers = kMembers_;
   static constexpr int kStride = kDim + 16 / sizeof(T);  // rows start 4 banks apart: matrix loads meet no conflict
 
@@ -135,23 +132,12 @@ struct TileShape {
     int64_t members[kMembers ? kTile : 1][2];
     int row[kMembers ? kTile : 1];
     float weight[kTile];  // softmax: log weight, -inf past the end; otherwise multiplier, 0 past the end
-    uint32_t absent[kSplit][4];  // see PairWeights
 
     __device__ const T* k() const { return rows[0]; }
     __device__ T* k() { return rows[0]; }
     __device__ const T* v() const { return rows[kOneTable ? 0 : 1]; }
     __device__ T* v() { return rows[kOneTable ? 0 : 1]; }
   };
-
-  static __device__ int stream() { return int(threadIdx.x) / (32 * kSplit); }
-  static __device__ int part() { return int(threadIdx.x) / 32 % kSplit; }  // of the stream's warps, which one
-  // The warps of a stream meet, and see each other's shared memory.
-  static __device__ void sync() {
-    if constexpr (kSplit == 1)
-      __syncwarp();
-    else
-      meet(1 + stream(), 32 * kSplit);
-  }
 };
 
 template <class Shape>
@@ -166,30 +152,30 @@ class KeyStream {
   __device__ KeyStream(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages,
                        const int64_t* offsets = nullptr)
       : p_(p), stages_(stages), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
-    first_ = chunk.begin + Shape::stream() * Shape::kTile;
-    constexpr int kStep = Shape::kStreams * Shape::kTile;
+    first_ = chunk.begin + int(threadIdx.x) / 32 * Shape::kTile;
+    constexpr int kStep = kWarps * Shape::kTile;
     tiles_ = first_ < end_ ? (end_ - first_ + kStep - 1) / kStep : 0;
     peek();
     for (int s = 0; s + 1 < Shape::kStages; ++s) issue();
   }
 
   __device__ int tiles() const { return tiles_; }
-  __device__ int key(int tile) const { return first_ + tile * Shape::kStreams * Shape::kTile; }
+  __device__ int key(int tile) const { return first_ + tile * kWarps * Shape::kTile; }
   __device__ int keys_left(int tile) const { return min(Shape::kTile, end_ - key(tile)); }
 
   // Tile `tile`, which must be asked for in turn; the one before it may then be overwritten.
   __device__ Stage& next(int tile) {
-    Shape::sync();  // everybody is done with the stage that is filled now
+    __syncwarp();  // everybody is done with the stage that is filled now
     issue();
     copy_wait<Shape::kStages - 1>();
-    Shape::sync();
+    __syncwarp();
     return stages_[tile % Shape::kStages];
   }
 
  private:
   // Row and weight of the next tile to be copied, one key a lane: an order ahead, so that nobody waits for an index.
   __device__ void peek() {
-    const int lane = threadIdx.x % 32, key = first_ + issued_ * Shape::kStreams * Shape::kTile + lane;
+    const int lane = threadIdx.x % 32, key = first_ + issued_ * kWarps * Shape::kTile + lane;
     const bool softmax = p_.normaliser == Normaliser::kSoftmax;
     row_ = -1;
     present_ = false;
@@ -205,10 +191,9 @@ class KeyStream {
   __device__ void issue() {
     if (issued_ < tiles_) {
       const int lane = threadIdx.x % 32;
-      const bool first = Shape::part() == 0;
       Stage& stage = stages_[issued_ % Shape::kStages];
-      if (first && lane < Shape::kTile) stage.weight[lane] = weight_;
-      if (Shape::kMembers && first && lane < Shape::kTile) {
+      if (lane < Shape::kTile) stage.weight[lane] = weight_;
+      if (Shape::kMembers && lane < Shape::kTile) {
         stage.row[lane] = row_;
         copy_async_8(&stage.members[lane][0], offsets_ + max(row_, 0));
         copy_async_8(&stage.members[lane][1], offsets_ + max(row_, 0) + 1);
@@ -224,8 +209,7 @@ class KeyStream {
         const int to = lane / kPieces * Shape::kStride + piece * int(16 / sizeof(T));
         constexpr int kAtOnce = 32 * kPerLane / kPieces;  // keys
 #pragma unroll
-        for (int j = 0; j < Shape::kTile / kAtOnce / Shape::kSplit; ++j) {
-          const int i = j * Shape::kSplit + Shape::part();
+        for (int i = 0; i < Shape::kTile / kAtOnce; ++i) {
           const int row = __shfl_sync(~0u, read, i * kAtOnce + lane / kPieces);
           const int64_t from = int64_t(max(row, 0)) * row_bytes;
           const bool present = inside && row >= 0;
