@@ -6,6 +6,8 @@
 namespace target_attention {
 namespace {
 
+int width(const Problem& p) { return p.heads_kv * p.head_dim; }  // of a table row
+
 template <class Worker>
 cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
   const auto kernel = backward_kernel<Worker>;
@@ -19,11 +21,13 @@ cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* rows, cudaStream_t stream) {
-  if (b.p.table == 0) return cudaSuccess;
-  sum_members_kernel<T><<<(b.p.table + kSumWarps * kSumRows - 1) / (kSumWarps * kSumRows), 32 * kSumWarps, 0, stream>>>(
-      members, b.g.order, b.g.offsets, static_cast<T*>(rows), b.p.table, int64_t(b.p.heads_kv) * b.p.head_dim, b.direct);
+template <typename T>
+cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to, cudaStream_t stream) {
+  const Problem& p = b.p;
+  const Sums sums{members, p.rows, b.g.order, b.g.offsets, to, b.pieces, p.keys, p.table, width(p), b.direct};
+  const int blocks = sums.blocks(), more = (p.table + kZeroRows - 1) / kZeroRows;
+  if (blocks + more > 0) sum_members_kernel<T><<<blocks + more, kSumPlaces, 0, stream>>>(sums, blocks);
+  if (blocks > 1) join_pieces_kernel<T><<<(blocks + kSumWarps - 1) / kSumWarps, kSumPlaces, 0, stream>>>(sums, blocks);
   return cudaGetLastError();
 }
 
@@ -66,20 +70,21 @@ size_t dq_bytes(const Problem& p) {
   return aligned(sizeof(float) * Chunks::slots(p, chunk_length(p)) * p.heads_kv * row_slots(p) * p.head_dim);
 }
 
-size_t members_bytes(const Problem& p) { return aligned(sizeof(float) * p.keys * p.heads_kv * p.head_dim); }
+size_t members_bytes(const Problem& p) { return aligned(sizeof(float) * p.keys * width(p)); }
 
 }  // namespace
 
 size_t backward_workspace_bytes(const Problem& p) {
-  return dq_bytes(p) + members_bytes(p) * (p.v_table == nullptr ? 1 : 2);
+  return dq_bytes(p) + members_bytes(p) * (p.v_table == nullptr ? 1 : 2) + Sums::piece_bytes(p.keys, width(p));
 }
 
 cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cudaStream_t stream) {
   auto* bytes = static_cast<unsigned char*>(workspace);
   BackwardParameters parameters{p, g, {p.cu_seqlens_k, p.samples, chunk_length(p)}, row_slots(p)};
   parameters.partial_dq = reinterpret_cast<float*>(bytes);
-  parameters.dk_members = reinterpret_cast<float*>(bytes + dq_bytes(p));
-  if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + dq_bytes(p) + members_bytes(p));
+  parameters.dk_members = reinterpret_cast<float*>(bytes += dq_bytes(p));
+  if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes += members_bytes(p));
+  parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   return p.type == Type::kFloat ? launch_type<float>(parameters, stream) : launch_type<__nv_bfloat16>(parameters, stream);
 }
 

@@ -16,6 +16,7 @@ struct BackwardParameters {
   float* dk_members;  // (keys, heads_kv, head_dim), slots of lone members unused
   float* dv_members;  // null with one table
   bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
+  float* pieces;      // of Sums
 
   __device__ int64_t partial(int slot, int head_kv, int row) const {
     return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;

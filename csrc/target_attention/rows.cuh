@@ -1,4 +1,5 @@
-// Backward, second pass: the parts of a table row's gradient, one for each of its members, added up in member order.
+// Backward, second pass: the parts of a table row's gradient, one for each of its members, added up in member order. Threads go by
+// place in `order`, not by table row, so that rows with many members and rows with few cost the same.
 #pragma once
 
 #include "stream.cuh"
@@ -6,106 +7,137 @@
 namespace target_attention {
 
 constexpr int kSumWarps = 8;
-constexpr int kSumRows = 8;  // table rows of a warp
-constexpr int kAhead = 8;
-constexpr int kLong = 64;  // members beyond which a row takes the whole block
+constexpr int kSumPlaces = 32 * kSumWarps;  // of `order`, to a block
+constexpr int kZeroRows = 32 * 32;          // table rows in which a block looks for those without members
+constexpr int kAhead = 4;                   // members under way at a time
 
-// The sum of members begin, begin + step, ... < end at four columns.
-__device__ __forceinline__ float4 sum_members(const float* members, const int64_t* order, int64_t begin, int64_t end,
-                                              int step, int64_t width, int column) {
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-  for (int64_t i = begin; i < end; i += step) {
-    const float4 x = *reinterpret_cast<const float4*>(members + order[i] * width + column);
-    add_four(sum, x);
+struct Sums {
+  const float* members;    // (keys, width)
+  const int64_t* rows;     // rows, order and offsets as in Problem and Gradients
+  const int64_t* order;
+  const int64_t* offsets;
+  void* to;                // (table, width) of T
+  float* pieces;           // (blocks, 2, width): of the rows that began before a block, and of those that go on after it
+  int keys, table;
+  int width;               // a multiple of 4
+  bool skip_lone;          // rows with one member are written already
+
+  int blocks() const { return (keys + kSumPlaces - 1) / kSumPlaces; }
+  static size_t piece_bytes(int64_t keys, int width) {
+    return sizeof(float) * 2 * ((keys + kSumPlaces - 1) / kSumPlaces) * width;
   }
-  return sum;
+  __device__ float* piece(int block, int after) const { return pieces + (int64_t(block) * 2 + after) * width; }
+};
+
+// Which row a place of `order` belongs to, and the places of all its members.
+struct Segment {
+  int row = 0, begin = 0, end = 0;
+
+  __device__ Segment() {}
+  __device__ Segment(const Sums& s, int member) {
+    row = int(s.rows[member]);
+    begin = int(s.offsets[row]), end = int(s.offsets[row + 1]);
+  }
+};
+
+template <typename T>
+__device__ void zero_empty_rows(const Sums& s, int block) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int first = block * kZeroRows + warp * 32; first < min(s.table, (block + 1) * kZeroRows); first += 32 * kSumWarps) {
+    const int row = first + lane;
+    uint32_t empty = __ballot_sync(~0u, row < s.table && s.offsets[row] == s.offsets[row + 1]);
+    for (; empty != 0; empty &= empty - 1)
+      for (int c = 4 * lane; c < s.width; c += 128)
+        store_four(static_cast<T*>(s.to) + int64_t(first + __ffs(empty) - 1) * s.width + c, make_float4(0.f, 0.f, 0.f, 0.f));
+  }
 }
 
-// members (keys, width), order and offsets as in Gradients -> rows (table, width), width a multiple of 4. skip_lone: rows with one
-// member are written already. A warp streams the members of kSumRows table rows, which lie together in `order`, as one list:
-// kAhead of them under way at a time, whatever the rows' bounds. The block together takes rows with many members.
+// A warp adds up 32 places. Rows that lie wholly in them are finished; the first and the last piece meet their neighbours' in shared
+// memory, those that leave the block in `pieces`. The blocks after the last place zero the rows without members.
 template <typename T>
-__global__ void __launch_bounds__(32 * kSumWarps) sum_members_kernel(const float* members, const int64_t* order,
-                                                                     const int64_t* offsets, T* rows, int table,
-                                                                     int64_t width, bool skip_lone) {
-  __shared__ float4 parts[kSumWarps][32];
-  __shared__ uint32_t many_of[kSumWarps];
+__global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s, int blocks) {
+  if (int(blockIdx.x) >= blocks) return zero_empty_rows<T>(s, blockIdx.x - blocks);
+  __shared__ float4 shared[kSumWarps][2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t block_first = int64_t(blockIdx.x) * kSumWarps * kSumRows, first = block_first + warp * kSumRows;
-  // Lane r < kSumRows: bounds of row first + r.
-  const int64_t row = min(first + lane % kSumRows, int64_t(table) - 1);
-  const int64_t begin = offsets[row];
-  const int mine = lane < kSumRows && first + lane < table ? int(min(offsets[row + 1] - begin, int64_t(kLong) + 1)) : 0;
-  const bool many = mine > kLong, lone = skip_lone && mine == 1;
-  const int taken = many || lone ? 0 : mine;
-  int last = taken;  // of the list: members of rows 0 .. r
-#pragma unroll
-  for (int step = 1; step < kSumRows; step *= 2) {
-    const int before = __shfl_up_sync(~0u, last, step);
-    if (lane >= step) last += before;
+  const int block_first = blockIdx.x * kSumPlaces, block_end = min(s.keys, block_first + kSumPlaces);
+  const int first = block_first + warp * 32, end = min(block_end, first + 32), place = first + lane;
+  T* const to = static_cast<T*>(s.to);
+  int member = 0;
+  Segment segment;
+  if (place < end) {
+    member = int(s.order[place]);
+    segment = Segment(s, member);
   }
-  const int count = __shfl_sync(~0u, last, kSumRows - 1);
-  const uint32_t empty = __ballot_sync(~0u, lane < kSumRows && first + lane < table && mine == 0);
+  const bool lone = s.skip_lone && segment.end - segment.begin == 1;
+  const uint32_t wanted = __ballot_sync(~0u, place < end && !lone);
+  const uint32_t last = __ballot_sync(~0u, place + 1 == segment.end || place + 1 == end);
+  const uint32_t before = __ballot_sync(~0u, segment.begin < first), after = __ballot_sync(~0u, segment.end > end);
+  const int here = max(0, end - first);
+  // Of the row at the warp's last place: does its sum start here and go on in the next warp?
+  const int at_end = __shfl_sync(~0u, segment.end, max(0, here - 1)), row_at_end = __shfl_sync(~0u, segment.row, max(0, here - 1));
+  const bool opens = here > 0 && at_end > end && __shfl_sync(~0u, segment.begin, max(0, here - 1)) >= first;
 
-  for (int64_t c = 4 * lane; c - 4 * lane < width; c += 128) {
-    const bool inside = c < width;
-    if (inside)
-      for (uint32_t left = empty; left != 0; left &= left - 1)
-        store_four(rows + (first + __ffs(left) - 1) * width + c, make_float4(0.f, 0.f, 0.f, 0.f));
+  const uint32_t cut = before | after;
+
+  for (int c = 4 * lane; c - 4 * lane < s.width; c += 128) {
+    const bool inside = c < s.width;
+    const float* const from = s.members + (inside ? c : 0);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int i = 0; i < count; i += 32) {
-      // Lane l: member i + l of the list, the row it belongs to, and whether it is that row's last.
-      int r = 0, start = 0;
-      bool ends = false;
+    for (uint32_t left = wanted; left != 0;) {
+      float4 x[kAhead];
+      uint32_t next = left;
 #pragma unroll
-      for (int s = 0; s < kSumRows; ++s) {
-        const int end = __shfl_sync(~0u, last, s);
-        if (end <= i + lane) r = s + 1, start = end;
-        ends |= end == i + lane + 1;
+      for (int a = 0; a < kAhead; ++a, next &= next - 1) {
+        const int m = __shfl_sync(~0u, member, __ffs(next) - 1);
+        if (next != 0) x[a] = *reinterpret_cast<const float4*>(from + int64_t(m) * s.width);
       }
-      const int64_t row_begin = __shfl_sync(~0u, begin, r % kSumRows);
-      const int member = i + lane < count ? int(order[row_begin + (i + lane - start)]) : 0;
-      const uint32_t row_ends = __ballot_sync(~0u, ends && i + lane < count);
-      const int here = min(32, count - i);
-      for (int j = 0; j < here; j += kAhead) {
-        float4 x[kAhead];
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const int m = __shfl_sync(~0u, member, (j + a) % 32);
-          if (j + a < here && inside) x[a] = *reinterpret_cast<const float4*>(members + int64_t(m) * width + c);
-        }
-#pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const int of = __shfl_sync(~0u, r, (j + a) % 32);
-          if (j + a >= here || !inside) continue;
-          add_four(sum, x[a]);
-          if ((row_ends >> (j + a) & 1) == 0) continue;
-          store_four(rows + (first + of) * width + c, sum);
-          sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        }
+      for (int a = 0; a < kAhead; ++a, left &= left - 1) {
+        if (left == 0) break;
+        const int at = __ffs(left) - 1;
+        add_four(sum, x[a]);
+        if ((last >> at & 1) == 0) continue;
+        const int row = __shfl_sync(~0u, segment.row, at);
+        if (cut >> at & 1)
+          shared[warp][before >> at & 1 ? 0 : 1][lane] = sum;
+        else if (inside)
+          store_four(to + int64_t(row) * s.width + c, sum);
+        sum = make_float4(0.f, 0.f, 0.f, 0.f);
       }
     }
+    __syncthreads();
+    // warp 0 also closes the row that began before the block
+    const int closes = warp == 0 && (before & 1) && here > 0 ? __shfl_sync(~0u, segment.end, 0) : 0;
+    if (closes > 0 && inside) {
+      float4 total = shared[0][0][lane];
+      for (int w = 1; w < kSumWarps && block_first + w * 32 < min(closes, block_end); ++w) add_four(total, shared[w][0][lane]);
+      store_four(s.piece(blockIdx.x, 0) + c, total);
+    }
+    if (opens && inside) {
+      float4 total = shared[warp][1][lane];
+      for (int w = warp + 1; w < kSumWarps && block_first + w * 32 < min(at_end, block_end); ++w)
+        add_four(total, shared[w][0][lane]);
+      if (at_end > block_end)
+        store_four(s.piece(blockIdx.x, 1) + c, total);
+      else
+        store_four(to + int64_t(row_at_end) * s.width + c, total);
+    }
+    __syncthreads();
   }
+}
 
-  const uint32_t with_many = __ballot_sync(~0u, many);
-  if (lane == 0) many_of[warp] = with_many;
-  if (!__syncthreads_or(with_many != 0)) return;
-  for (int i = 0; i < kSumWarps * kSumRows; ++i) {
-    if ((many_of[i / kSumRows] >> (i % kSumRows) & 1) == 0) continue;
-    const int64_t r = block_first + i, begin = offsets[r], end = offsets[r + 1];
-    for (int64_t c = 4 * lane; c - 4 * lane < width; c += 128) {
-      if (c < width) parts[warp][lane] = sum_members(members, order, begin + warp, end, kSumWarps, width, c);
-      __syncthreads();
-      if (warp == 0 && c < width) {
-        float4 sum = parts[0][lane];
-        for (int w = 1; w < kSumWarps; ++w) {
-          add_four(sum, parts[w][lane]);
-        }
-        store_four(rows + r * width + c, sum);
-      }
-      __syncthreads();
-    }
+// Rows whose members several blocks added up: a warp for each block, and the row that starts in it and leaves it.
+template <typename T>
+__global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int blocks) {
+  const int block = blockIdx.x * kSumWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (block + 1 >= blocks) return;
+  const Segment segment(s, int(s.order[(block + 1) * kSumPlaces - 1]));
+  if (segment.begin < block * kSumPlaces || segment.end <= (block + 1) * kSumPlaces) return;
+  for (int c = 4 * lane; c < s.width; c += 128) {
+    float4 sum = *reinterpret_cast<const float4*>(s.piece(block, 1) + c);
+#pragma unroll 4
+    for (int b = block + 1; b * kSumPlaces < segment.end; ++b) add_four(sum, *reinterpret_cast<const float4*>(s.piece(b, 0) + c));
+    store_four(static_cast<T*>(s.to) + int64_t(segment.row) * s.width + c, sum);
   }
 }
 

@@ -236,10 +236,12 @@ def test_without_a_normaliser(device: str, dtype: torch.dtype, activation: Any, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("table", [1, 9, 2000])
 def test_members_of_a_row(device: str, dtype: torch.dtype, table: int) -> None:
-    """One hot token whose row has hundreds of members; each row few; nearly every row one or none."""
-    case = draw(device, [1] * 5, [90, 40, 0, 100, 7], table=table, dtype=dtype, heads=2, dim=32)
+    """One hot token whose row has all members (on CUDA over several blocks of them); each row few; nearly every row one or none."""
+    keys = [500, 400, 0, 1000, 7] if device == "cuda" else [90, 40, 0, 100, 7]
+    case = draw(device, [1] * 5, keys, table=table, dtype=dtype, heads=2, dim=32)
     if table == 2000:
-        case = case._replace(rows=torch.randperm(table, generator=torch.Generator().manual_seed(1))[:237].to(device))
+        order = torch.randperm(table, generator=torch.Generator().manual_seed(1))
+        case = case._replace(rows=order[: sum(keys)].to(device))
     check(case)
 
 
@@ -278,6 +280,25 @@ def test_nan_stays_in_the_samples_that_name_it(device: str, dtype: torch.dtype, 
     untouched = torch.ones(60, dtype=torch.bool, device=device).index_fill(0, case.rows[samples == 1], False)
     for name in ("dk", "dv"):
         assert torch.equal(dirty[name][untouched], clean[name][untouched]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads_kv", [1, 2])
+def test_targets_with_cutoffs(device: str, dtype: torch.dtype, heads_kv: int) -> None:
+    """Later targets see more keys, so that warps of different targets disagree about which are there; none sees the NaN."""
+    case = draw(
+        device, [8, 3], [90, 40], table=70, heads=8, heads_kv=heads_kv, dtype=dtype, weights="pair", one_table=False
+    )
+    cutoffs = torch.arange(1, 9, device=device).unsqueeze(1) * 10
+    case.weight[torch.arange(130, device=device) >= cutoffs] = -torch.inf  # type: ignore[index]
+    case.rows[case.rows == 7] = 8
+    case.rows[80:] = 7
+    clean = run(case)
+    check(case, clean)
+    assert case.v_table is not None
+    case.k_table[7], case.v_table[7] = torch.nan, torch.nan
+    dirty = run(case)
+    assert all(torch.equal(dirty[name], x) for name, x in clean.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
