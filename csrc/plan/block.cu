@@ -5,9 +5,9 @@
 namespace plan {
 namespace {
 
-using Short = BlockShape<128, 8, 2048, 8>;
-using Middle = BlockShape<512, 8, 8192, 2>;
-using Long = BlockShape<1024, 16, 24576, 1>;  // 224 KB: what a Hopper block can have
+using Short = BlockShape<128, 8, 8>;
+using Middle = BlockShape<1024, 4, 2>;
+using Long = BlockShape<1024, 16, 2>;  // 112 KB: half of what a Hopper multiprocessor has
 
 // A launch that may start before the one ahead of it in the stream has ended (Hopper and later); see wait_for_launch_before.
 template <typename... Parameters, typename... Arguments>
