@@ -6,8 +6,14 @@ namespace plan {
 namespace {
 
 using Short = BlockShape<128, 8, 8>;
+#ifdef TA_HALF
+using Middle = BlockShape<512, 8, 4>;
+using Long = BlockShape<512, 32, 2>;
+#else
 using Middle = BlockShape<1024, 4, 2>;
-using Long = BlockShape<1024, 16, 2>;  // 112 KB: half of what a Hopper multiprocessor has
+using Long = BlockShape<1024, 16, 2>;
+#endif
+  // 112 KB: half of what a Hopper multiprocessor has
 
 template <class Shape>
 cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
