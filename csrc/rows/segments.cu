@@ -13,15 +13,9 @@ int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
 // Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
 Deal deal_out(const Segments& s, int64_t width, int vector) {
-#ifndef TA_CAP
-#define TA_CAP 6
-#endif
-#ifndef TA_SHIFT
-#define TA_SHIFT 18
-#endif
   Deal deal{lanes_for(width / vector), 2, 0};
-  const int64_t wanted = s.members * deal.lanes >> TA_SHIFT;
-  while (deal.tile_bits < TA_CAP && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
+  const int64_t wanted = s.members * deal.lanes >> 18;
+  while (deal.tile_bits < 6 && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
   deal.blocks = ceil_div(s.members, deal.per_block());
   return deal;
 }
@@ -46,8 +40,9 @@ cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, vo
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (deal.blocks == 1) return cudaSuccess;
   const dim3 adders(deal.lanes, kCombineThreads / deal.lanes);
-  return launch_early(combine_kernel<Kernel>, dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
-                      kCombineThreads * sizeof(typename Kernel::Accumulator), stream, k);
+  combine_kernel<<<dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
+                   kCombineThreads * sizeof(typename Kernel::Accumulator), stream>>>(k);
+  return cudaGetLastError();
 }
 
 template <typename T, template <typename> class State>
