@@ -1,27 +1,21 @@
 """What the GPU tests of the weighted attention kernel share: the extension, inputs, and the comparison with float64.
 
-Needs a Hopper GPU; takes the extension `ta_weighted_attention` from the path, or builds it (about two minutes).
+Needs a Hopper GPU; takes the extension as the package does: built ahead of time, or now (about two minutes).
 """
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
+from ta_plugin.ops.builder import load_extension
+
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
-try:
-    import ta_weighted_attention as kernel
-except ModuleNotFoundError:
-    from torch.utils.cpp_extension import load
-
-    SOURCES = Path(__file__).parents[2] / "csrc" / "weighted_attention"
-    kernel = load(
-        "ta_weighted_attention",
-        [str(SOURCES / name) for name in ("binding.cpp", "forward.cu", "backward.cu")],
-        extra_cuda_cflags=["-O3", "-gencode=arch=compute_90a,code=sm_90a"],
-    )
+loaded = load_extension("ta_weighted_attention")
+if loaded.kernels is None:
+    raise RuntimeError(loaded.reason)
+kernel = loaded.kernels
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
 NAMES = ("out", "lse", "dq", "dk", "dv", "dlog_weight")

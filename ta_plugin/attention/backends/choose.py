@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ta_plugin.attention.backends.machine import Machine
-from ta_plugin.attention.backends.measured import rate
+from ta_plugin.attention.backends.measured import gpu, rate
 from ta_plugin.attention.runs import Runs
 
 BACKENDS = ("reference", "sdpa", "flex", "hopper", "flash4")
-ON_REQUEST = ("flash4",)  # never chosen: its tests behind this contract have not run on a GPU yet
+ON_REQUEST = ("flash4",)  # never chosen: compiles for seconds a kind of call; samples without keys are untested
 FEW_QUERIES = 16  # per run, below which a call of sdpa for each run costs more than writing all scores
 
 
@@ -84,7 +84,7 @@ def choose(
     if able:
         name = max(able, key=lambda n: able[n])
         figures = ", ".join(
-            f"{n} {value:.0f}{' (on request only)' if n in ON_REQUEST else ''}"
+            f"{n} {value:.0f} on an {gpu(n, weighted)}{' (on request only)' if n in ON_REQUEST else ''}"
             for n, value in sorted(measured.items(), key=lambda x: -x[1])
         )
         what = (

@@ -2,7 +2,7 @@
 
 TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36
 (csrc/NOTES.md). Ours and flash-attn-4 without weights: one call on an H100, in turns (forward 10, backward 7).
-flash-attn-4 with weights at 16k, and FlexAttention: one H200, at one length each, taken for all.
+flash-attn-4 with weights at 16k, and FlexAttention: one H200, at one length each, taken for all. `gpu` says so for each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from bisect import bisect_left
 
 KEYS = (1024, 4096, 16384)  # a sample has about so many keys
 DIMS = (64, 128)
+
+ON_H200 = (("flash4", True), ("flex", True))  # (backend, weighted) that were timed there; all others on an H100
 
 # (backend, weighted, deterministic): for each of DIMS, at each of KEYS
 RATES: dict[tuple[str, bool, bool], tuple[tuple[int, ...], ...]] = {
@@ -34,3 +36,8 @@ def rate(name: str, weighted: bool, deterministic: bool, head_dim: int, keys: in
     column = min(bisect_left(KEYS, keys / 2), len(KEYS) - 1)
     at = next(i for i, d in enumerate(DIMS) if d >= head_dim)
     return table[at][column] * head_dim / DIMS[at]
+
+
+def gpu(name: str, weighted: bool) -> str:
+    """Which GPU the figures that `rate` gives for such calls are of."""
+    return "H200" if (name, weighted) in ON_H200 else "H100"
