@@ -13,8 +13,9 @@ def check_tokens(
     vocab_size: int | None,
     lengths: Tensor | None,
     shape: tuple[int, int] | None = None,
+    read: bool = True,
 ) -> None:
-    """Ids (B, L) int64 on `device`, of `shape` where one is required, valid up to `lengths` (B,)."""
+    """Ids (B, L) int64 on `device`, of `shape` where one is required, valid up to `lengths` (B,). Without `read` no values are."""
     if tokens.dtype != torch.int64:
         raise ValueError(f"{name} is {tokens.dtype}; pass int64 (`{name}.long()`)")
     if tokens.dim() != 2:
@@ -28,7 +29,9 @@ def check_tokens(
             f"{name} has shape {tuple(tokens.shape)}, but batch_size and sequence_length are {shape}; pad a short batch with "
             "samples of length 0, and construct TokenizedAttention for another shape"
         )
-    check_lengths("lengths", lengths, tokens.shape[0], tokens.shape[1], device)
+    check_lengths("lengths", lengths, tokens.shape[0], tokens.shape[1], device, read)
+    if not read:
+        return
     valid = tokens
     if lengths is not None:
         past = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
@@ -44,7 +47,9 @@ def check_tokens(
         raise ValueError(f"{name}{where} is {largest}, but vocab_size is {vocab_size}; ids must lie below it")
 
 
-def check_lengths(name: str, lengths: Tensor | None, batch: int, longest: int, device: torch.device) -> None:
+def check_lengths(
+    name: str, lengths: Tensor | None, batch: int, longest: int, device: torch.device, read: bool = True
+) -> None:
     """Lengths (B,) int64 in [0, longest], or None."""
     if lengths is None:
         return
@@ -52,6 +57,8 @@ def check_lengths(name: str, lengths: Tensor | None, batch: int, longest: int, d
         raise ValueError(f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}; pass int64 of shape ({batch},)")
     if lengths.device.type != device.type:
         raise ValueError(f"{name} is on {lengths.device}; move it to {device}")
+    if not read:
+        return
     bad = ((lengths < 0) | (lengths > longest)).nonzero()
     if bad.numel():
         sample = int(bad[0])

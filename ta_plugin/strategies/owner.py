@@ -126,7 +126,7 @@ def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: Attent
 
 
 def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules) -> Keys:
-    distinct = UniqueSpace.from_packed(space.tokens)  # again across ranks: each owned id is looked up once
+    distinct = modules.distinct(space.tokens)  # again across ranks: each owned id is looked up once
     return Keys(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments, space, weights)
 
 

@@ -105,6 +105,11 @@ def _attend(
             scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
             max_seqlen_q=targets.width, return_lse=True,
         )  # fmt: skip
+    if space.found is not None and q.is_cuda:
+        raise ValueError(
+            "row_bound is given, but the sizes would visit the host: no kernel of target_attention covers the call "
+            f"({choose_target(None, q, k_table, v_table, scoring.activation).reason}; no score module, backend or value term)"
+        )
     k = keys.spread(k_table)
     v = k if v_table is None else keys.spread(v_table)
     if cutoffs is None:
