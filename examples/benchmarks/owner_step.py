@@ -176,8 +176,8 @@ def measure(
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The arguments that size a step."""
     parser.add_argument("--batch", type=int, default=256, help="samples per rank")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--vocab", type=int, default=4_000_000)
@@ -186,8 +186,10 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--targets", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+
+
+def start() -> tuple[torch.device, int, bool]:
+    """Join the process group that torchrun describes, if it does: this rank's device, the number of ranks, whether it is the first."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
         if cuda:
@@ -195,7 +197,15 @@ def main() -> None:
         dist.init_process_group("nccl" if cuda else "gloo")
     world = dist.get_world_size() if dist.is_initialized() else 1
     first = not dist.is_initialized() or dist.get_rank() == 0
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), world, first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    device, world, first = start()
 
     def say(line: str) -> None:
         if first:
