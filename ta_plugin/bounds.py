@@ -26,7 +26,7 @@ class Bounds:
     """Bounds on the distinct tokens of a batch, and what its calls found against them, on the device until `check` reads it.
 
     rows: how many distinct tokens the samples of a batch hold at most, added up over the samples
-    ids:  how many distinct ids a batch, or its targets, hold at most
+    ids:  how many distinct ids the tokens of a batch, or its targets, hold at most
 
     A call builds its spaces here and ends with `settle`.
     """

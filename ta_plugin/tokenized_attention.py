@@ -73,7 +73,7 @@ class TokenizedAttention(nn.Module):
     row_bound:     no batch has more distinct tokens than that, added up over its samples: sizes then never visit the host, and a step
                    can be captured in a CUDA graph (`CapturedStep`). For target attention on one rank. What does not fit gives NaN,
                    and `check_bounds` raises
-    id_bound:      no batch has more distinct ids than that; row_bound by default
+    id_bound:      neither the tokens of a batch nor its targets have more distinct ids than that; row_bound by default
 
     Constructing is collective over the group: ranks that disagree on sizes, heads, strategy or nranks all raise here.
     """
