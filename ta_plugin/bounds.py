@@ -47,9 +47,13 @@ class Bounds:
         self._noted = [(space.found[1:4], [_held("row", self.rows), within, within])]
         return space
 
-    def distinct(self, ids: Tensor) -> UniqueSpace:
-        """The bounded space of ids (n,) as one sample; ids outside the vocabulary become others until `check` raises."""
-        space = UniqueSpace.from_packed(ids, rows=min(self.ids, max(ids.numel(), 1)))
+    def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
+        """The bounded space of ids (n,), of the first `end` (1,) of them, as one sample.
+
+        Ids outside the vocabulary become others; `check` raises then.
+        """
+        bounds = None if end is None else torch.cat([torch.zeros_like(end), end])
+        space = UniqueSpace.from_packed(ids, bounds, rows=min(self.ids, max(ids.numel(), 1)))
         assert space.found is not None
         high = _INT64.max - 1 if self.vocab_size is None else self.vocab_size - 1
         range_ = _Interval("ids", 0, high, "ids are 0 or larger and below vocab_size")

@@ -34,8 +34,8 @@ class UniqueSpace:
 
     Build it with `from_padded`, `from_packed` or `of_occurrences`. Given a number of `rows`, the first two build a bounded space: it
     has that many rows and an occurrence for every slot, whatever the batch holds, so that a CUDA graph can be captured of what is
-    done with it. Spare rows are those of `with_spare_rows`, but hold the first row's token; spare occurrences, behind the others, fold
-    into nothing. A batch that is malformed or has more distinct tokens than `rows` is taken for an empty one; `check` raises then.
+    done with it. Spare rows, behind the others, have multiplicity 0 and the first row's token, and are of no sample; spare occurrences
+    fold into nothing. A batch that is malformed or has more distinct tokens than `rows` is taken for an empty one; `check` raises then.
     """
 
     tokens: Tensor
@@ -64,7 +64,10 @@ class UniqueSpace:
     def from_packed(
         cls, tokens: Tensor, cu_seqlens: Tensor | None = None, rows: int | None = None
     ) -> UniqueSpace:
-        """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample."""
+        """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample.
+
+        With `rows`, cu_seqlens may end before M: tokens from there on are left out.
+        """
         _check_int64("tokens", tokens, 1)
         bounds = _bounds(tokens, cu_seqlens)
         if rows is not None:
@@ -117,10 +120,8 @@ class UniqueSpace:
         fits = found[1] <= rows
         inverse, order, offsets = segments
         tokens = torch.where(torch.arange(rows, device=tokens.device) < found[1], distinct, distinct[:1])
-        cu_seqlens = cu_seqlens * fits
-        cu_seqlens[1:][-1:] = rows
         # `order` and `cu_occurrences` need no mending: nothing reads past the offsets
-        space = cls(tokens, cu_seqlens, counts * fits, cu_occurrences, Segments(inverse * fits, order, offsets * fits))
+        space = cls(tokens, cu_seqlens * fits, counts * fits, cu_occurrences, Segments(inverse * fits, order, offsets * fits))
         return replace(space, found=found), slots
 
     def check(self) -> None:
@@ -154,6 +155,11 @@ class UniqueSpace:
             return [0, self.num_occurrences], [0, self.num_rows]
         both = torch.cat([self.cu_occurrences, self.cu_seqlens.long()]).tolist()
         return both[: self.num_samples + 1], both[self.num_samples + 1 :]
+
+    @property
+    def end(self) -> Tensor | None:
+        """(1,) where the spare rows of a bounded space begin; None where there are none."""
+        return None if self.found is None else self.cu_seqlens[-1:]
 
     @property
     def inverse(self) -> Tensor:
@@ -208,6 +214,9 @@ class UniqueSpace:
 
     def sample_of_rows(self) -> Tensor:
         """(U,) int64: the sample of each row."""
+        if self.found is not None:  # spare ones count to the last
+            place = torch.arange(self.num_rows, device=self.tokens.device)
+            return torch.bucketize(place, self.cu_seqlens[1:-1], right=True)
         return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_rows)
 
     def sample_of_occurrences(self) -> Tensor:

@@ -45,8 +45,7 @@ def test_a_bounded_space_equals_the_ordinary_one(samples: list[list[int]], spare
     for name in ("tokens", "counts"):
         assert torch.equal(getattr(larger, name)[:rows], getattr(space, name))
     assert not larger.counts[rows:].any() and bool((larger.tokens[rows:] == larger.tokens[:1]).all())
-    assert larger.cu_seqlens.tolist()[:-1] == space.cu_seqlens.tolist()[:-1]
-    assert larger.cu_seqlens[-1] == (larger.num_rows if samples else 0)
+    assert larger.cu_seqlens.tolist() == space.cu_seqlens.tolist()
     assert larger.host_bounds[0] == space.host_bounds[0]
     for ours, exact in ((larger.inverse, space.inverse), (larger.segments.order, space.segments.order)):
         assert torch.equal(ours[:members], exact)
@@ -77,13 +76,25 @@ def test_folds_and_expansion_of_a_bounded_space(samples: list[list[int]], spare:
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9), st.integers(0, 9))
+def test_tokens_past_the_last_bound_are_left_out(tokens: list[int], end: int) -> None:
+    end = min(end, len(tokens))
+    exact = UniqueSpace.from_packed(torch.tensor(tokens)[:end])
+    ours = UniqueSpace.from_packed(torch.tensor(tokens), torch.tensor([0, end]), rows=7)
+    ours.check()
+    assert ours.found is not None and ours.found.tolist()[:2] == [end, exact.num_rows]
+    assert torch.equal(ours.tokens[: exact.num_rows], exact.tokens)
+    assert ours.fold(torch.ones(len(tokens))).tolist()[: exact.num_rows] == exact.counts.tolist()
+    assert int(ours.counts.sum()) == end
+
+
 def test_spare_rows_are_empty_and_what_does_not_fit_is_an_empty_batch_that_says_so() -> None:
     tokens, lengths = torch.tensor([[4, 2, 4], [5, 7, 1]]), torch.tensor([3, 2])
     fits = UniqueSpace.from_padded(tokens, lengths, rows=6)
     assert fits.log_counts().tolist()[4:] == [-torch.inf] * 2  # type: ignore[union-attr]
     assert fits.fold(torch.ones(2, 3)).tolist() == [2, 1, 1, 1, 0, 0]
     small = UniqueSpace.from_padded(tokens, lengths, rows=3)
-    assert small.cu_seqlens.tolist() == [0, 0, 3] and not small.counts.any()
+    assert small.cu_seqlens.tolist() == [0, 0, 0] and not small.counts.any()
     assert not small.fold(torch.ones(2, 3)).any() and not small.inverse.any()
     with pytest.raises(ValueError, match="tokens hold 4 distinct rows, but rows is 3"):
         small.check()
@@ -93,6 +104,8 @@ def test_spare_rows_are_empty_and_what_does_not_fit_is_an_empty_batch_that_says_
         wrong.check()
     with pytest.raises(ValueError, match="cu_seqlens does not rise"):
         UniqueSpace.from_packed(tokens.view(-1), torch.tensor([0, 7, 6]), rows=6).check()
+    with pytest.raises(ValueError, match="cu_seqlens does not rise"):
+        UniqueSpace.from_packed(tokens.view(-1), torch.tensor([0, 7]), rows=6).check()
     with pytest.raises(ValueError, match="rows is 0; pass"):
         UniqueSpace.from_padded(tokens, lengths, rows=0)
 

@@ -69,13 +69,16 @@ def unique_rows(tokens: Tensor, extents: Tensor) -> UniqueRows:
 
 
 def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """As the compiled operator: the same sizes, and nothing visits the host."""
+    """As the compiled operator: the same sizes, and nothing visits the host.
+
+    With a number of `rows`, packed tokens may end before their slots do: bounds[-1] <= M.
+    """
     padded, slots, device = tokens.dim() == 2, tokens.numel(), tokens.device
     lengths = extents if padded else extents.diff()
     lowest, highest = torch.aminmax(lengths) if lengths.numel() else (tokens.new_zeros(()), tokens.new_zeros(()))
     well_formed = (lowest >= 0) & (highest <= tokens.shape[1]) if padded else (lowest >= 0) & (extents[0] == 0)
     if not padded:
-        well_formed = well_formed & (extents[-1] == slots)
+        well_formed = well_formed & (extents[-1] == slots if rows < 0 else extents[-1] <= slots)
     lengths = lengths * well_formed
     bounds = tokens.new_zeros(lengths.numel() + 1)
     torch.cumsum(lengths, 0, out=bounds[1:])
@@ -96,12 +99,13 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
         order = tokens.argsort(stable=True)
         starts = torch.ones_like(tokens, dtype=torch.bool)
         starts[1:] = tokens[order[1:]] != tokens[order[:-1]]
-        if bounds.numel() > 2:  # a second stable sort brings samples together and keeps each one's tokens sorted
+        if bounds.numel() > 2 or rows >= 0:  # a second stable sort brings samples together and keeps each one's tokens sorted
             sample = torch.bucketize(place, bounds[1:], right=True)
             order = order[sample[order].argsort(stable=True)]
             starts[1:] = (tokens[order[1:]] != tokens[order[:-1]]) | (sample[order[1:]] != sample[order[:-1]])
-        starts, sample_ends = starts & well_formed, bounds
-        occurrence = torch.where(well_formed, place, slots)
+        valid = place < bounds[-1]
+        starts, sample_ends = starts & valid, bounds
+        occurrence = torch.where(valid, place, slots)
     found, num_rows = _number(tokens.reshape(-1), order, starts, occurrence, slots if rows < 0 else rows)
     distinct, counts, inverse, by_row, offsets, rows_before = found
     grid = _placed(slots, occurrence, place) if padded else tokens.new_empty(0)

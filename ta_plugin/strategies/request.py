@@ -36,9 +36,9 @@ class AttentionModules:
     rates: Rates | None = None
     bounds: Bounds | None = None
 
-    def distinct(self, ids: Tensor) -> UniqueSpace:
-        """The distinct ones of ids (n,)."""
-        return UniqueSpace.from_packed(ids) if self.bounds is None else self.bounds.distinct(ids)
+    def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
+        """The distinct ones of ids (n,), of the rows before `UniqueSpace.end`."""
+        return UniqueSpace.from_packed(ids) if self.bounds is None else self.bounds.distinct(ids, end)
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,14 @@ def in_multiples(encode: Encoder, multiple: int) -> Encoder:
     return padded
 
 
-def fetch(ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool = True) -> tuple[Tensor, Segments]:
+def fetch(
+    ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool = True, end: Tensor | None = None
+) -> tuple[Tensor, Segments]:
     """Embeddings of ids (n,): distinct rows (I, E), each travelling once from its owner, and the row of each id.
 
-    Without `deduplicate` every id fetches a row of its own. Collective, forward and backward.
+    `end` is that of the space whose tokens they are. Without `deduplicate` every id fetches a row of its own. Collective, forward and backward.
     """
-    ids_space = modules.distinct(ids) if deduplicate else UniqueSpace.of_occurrences(ids)
+    ids_space = modules.distinct(ids, end) if deduplicate else UniqueSpace.of_occurrences(ids)
     group, owners = modules.group, owners_of(modules.embedding_fn, modules.group.size)
     if group.size == 1 and deduplicate:
         return embed_owned(ids_space.tokens, modules.embedding_fn), ids_space.segments
