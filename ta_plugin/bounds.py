@@ -66,7 +66,9 @@ class Bounds:
         values = torch.cat([value for value, _ in self._noted])
         intervals = tuple(interval for _, each in self._noted for interval in each)
         self._noted = []
-        if intervals not in self._seen:  # tensors from the host: made before a graph is captured, by the calls that warm up
+        if (
+            intervals not in self._seen
+        ):  # tensors from the host: made before a graph is captured, by the calls that warm up
             self._seen[intervals] = _Seen.of(intervals, values.device)
         return self._seen[intervals].take(values)
 
@@ -77,7 +79,10 @@ class Bounds:
             for interval, ends in zip(intervals, seen.read(), strict=True):
                 for end in ends:
                     if not interval.low <= end <= interval.high:
-                        wrong = wrong or f"{interval.what} reached {end}, outside [{interval.low}, {interval.high}]; {interval.remedy}"
+                        wrong = (
+                            wrong
+                            or f"{interval.what} reached {end}, outside [{interval.low}, {interval.high}]; {interval.remedy}"
+                        )
         if wrong is not None:
             raise ValueError(wrong)
 

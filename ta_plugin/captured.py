@@ -64,7 +64,9 @@ class CapturedStep:
         if self._graph is None:
             return self._step(*inputs)
         if any(table.holds_gradients for table in self._tables):
-            raise RuntimeError("a table still holds the gradients of the last call; run its step() or zero_grad() first")
+            raise RuntimeError(
+                "a table still holds the gradients of the last call; run its step() or zero_grad() first"
+            )
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
         self._graph.replay()

@@ -63,10 +63,14 @@ class Inputs:
 
     def _check_bounded(self) -> None:
         if self.targets is None and self.queries is None:
-            raise ValueError("row_bound is given in self-attention; it covers target attention: pass targets or queries")
+            raise ValueError(
+                "row_bound is given in self-attention; it covers target attention: pass targets or queries"
+            )
         for name in ("target_lengths", "target_cutoffs", "value_term", "encode"):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} is given with row_bound, whose sizes never visit the host; leave out one of them")
+                raise ValueError(
+                    f"{name} is given with row_bound, whose sizes never visit the host; leave out one of them"
+                )
 
     def _check_targets(self, device: torch.device, vocab_size: int | None, read: bool) -> None:
         if self.targets is not None and self.queries is not None:

@@ -334,15 +334,23 @@ class TokenizedAttention(nn.Module):
         error: Exception | None = None
         try:
             heads = self.projections.num_heads, self.projections.num_kv_heads
-            inputs.check((self.batch_size, self.sequence_length), self.group.device, self.vocab_size, *heads, self.bounds is not None)
+            inputs.check(
+                (self.batch_size, self.sequence_length),
+                self.group.device,
+                self.vocab_size,
+                *heads,
+                self.bounds is not None,
+            )
             targets = inputs.packed_targets()
             if targets is None and self.include_self:
                 raise ValueError(
                     "include_self is set, but no targets are given; in self-attention a token sees itself anyway"
                 )
-            build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
-            build = build if self.bounds is None else self.bounds.space
-            space = build(inputs.tokens, inputs.lengths)
+            if self.bounds is not None:
+                space = self.bounds.space(inputs.tokens, inputs.lengths)
+            else:
+                build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
+                space = build(inputs.tokens, inputs.lengths)
             sides = Sides.pack(space, inputs.bias, inputs.value_term, inputs.multiplier)
             sides.check(self.scoring.normaliser)
             kinds, sizes = inputs.kinds(), self._sizes(space, targets)

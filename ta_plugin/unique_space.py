@@ -61,9 +61,7 @@ class UniqueSpace:
         return replace(cls._of(found), slots=found.slots, padded_length=tokens.shape[1])
 
     @classmethod
-    def from_packed(
-        cls, tokens: Tensor, cu_seqlens: Tensor | None = None, rows: int | None = None
-    ) -> UniqueSpace:
+    def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None, rows: int | None = None) -> UniqueSpace:
         """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample.
 
         With `rows`, cu_seqlens may end before M: tokens from there on are left out.
@@ -121,7 +119,9 @@ class UniqueSpace:
         inverse, order, offsets = segments
         tokens = torch.where(torch.arange(rows, device=tokens.device) < found[1], distinct, distinct[:1])
         # `order` and `cu_occurrences` need no mending: nothing reads past the offsets
-        space = cls(tokens, cu_seqlens * fits, counts * fits, cu_occurrences, Segments(inverse * fits, order, offsets * fits))
+        space = cls(
+            tokens, cu_seqlens * fits, counts * fits, cu_occurrences, Segments(inverse * fits, order, offsets * fits)
+        )
         return replace(space, found=found), slots
 
     def check(self) -> None:

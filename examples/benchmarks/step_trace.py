@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 examples/benchmarks/step_trace.py --lengths 4096 --dtype bfloat16 --folder traces
     DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 examples/benchmarks/step_trace.py --batch 2 --lengths 64 --vocab 500 --dim 16
 
-Writes one Chrome trace per rank (chrome://tracing, ui.perfetto.dev) and prints, for forward and backward: the time in which a collective ran
-(the union of its kernels; that of gloo's works on the CPU), the part of it in which something else computed too, and launches, waits for the
-device and reads from it. A collective's kernel also runs while it waits for the other ranks, which start their steps together here.
+Writes one Chrome trace per rank (chrome://tracing, ui.perfetto.dev) and prints, for forward and backward: the time in which a
+collective ran (the union of its kernels; that of gloo's works on the CPU), the part of it in which something else computed too, and
+launches, waits for the device and reads from it. A collective's kernel also runs while it waits for the other ranks, which start their
+steps together here.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Phase:
         if not kernels:  # on the CPU: works of gloo's threads beside operators of this one
             kernels = [e for e in inside if e["name"].startswith(("gloo:", "aten::", "ta_plugin::"))]
         collective, compute = (
-            union((e["ts"], e["ts"] + e["dur"]) for e in kernels if _is_collective(e) == wanted) for wanted in (True, False)
+            union((e["ts"], e["ts"] + e["dur"]) for e in kernels if _is_collective(e) == wanted)
+            for wanted in (True, False)
         )
         ms = [x / 1e3 for x in (end - begin, length(collective), length(compute), common(collective, compute))]
         launches = sum("LaunchKernel" in e["name"] for e in inside)
@@ -136,7 +138,9 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     group = create_ssp_group(world, device=device)
     if first:
-        print(f"{machine(device)}; {args.way}, {world} rank(s); per rank B={args.batch} D={args.dim} T={args.targets} {args.dtype}")
+        print(
+            f"{machine(device)}; {args.way}, {world} rank(s); per rank B={args.batch} D={args.dim} T={args.targets} {args.dtype}"
+        )
         columns = ["L", "phase", "host, ms", "collectives, ms", "computation, ms", "both at once, ms", "of collectives"]
         columns += ["launches", "waits", "reads"]
         print(f"| {' | '.join(columns)} |\n|" + " --- |" * len(columns), flush=True)

@@ -85,7 +85,9 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
     place = torch.arange(slots, device=device)
 
     # slots in the order of (sample, token, position), and which of them begin a token
-    if padded:  # one sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order
+    if (
+        padded
+    ):  # one sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order
         batch, length = tokens.shape
         inside = torch.arange(length, device=device)
         valid = inside < lengths[:, None]
@@ -99,7 +101,9 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
         order = tokens.argsort(stable=True)
         starts = torch.ones_like(tokens, dtype=torch.bool)
         starts[1:] = tokens[order[1:]] != tokens[order[:-1]]
-        if bounds.numel() > 2 or rows >= 0:  # a second stable sort brings samples together and keeps each one's tokens sorted
+        if (
+            bounds.numel() > 2 or rows >= 0
+        ):  # a second stable sort brings samples together and keeps each one's tokens sorted
             sample = torch.bucketize(place, bounds[1:], right=True)
             order = order[sample[order].argsort(stable=True)]
             starts[1:] = (tokens[order[1:]] != tokens[order[:-1]]) | (sample[order[1:]] != sample[order[:-1]])
@@ -126,7 +130,9 @@ def _number(
     is_first[order] = starts
     rows_before = F.pad(is_first.cumsum(0), (1, 0))
     begin = torch.where(starts, torch.arange(slots, device=tokens.device), 0).cummax(0).values
-    row = torch.where(occurrence < slots, rows_before[order[begin]], last)  # first-occurrence order: the rows that begin earlier
+    row = torch.where(
+        occurrence < slots, rows_before[order[begin]], last
+    )  # first-occurrence order: the rows that begin earlier
     counts = tokens.new_zeros(last + 1).scatter_add_(0, row, torch.ones_like(row))[:last]
     offsets = F.pad(counts.cumsum(0), (1, 0))
     within = torch.where(row < last, offsets[row] + occurrence - occurrence[begin], slots)

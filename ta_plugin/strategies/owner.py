@@ -165,7 +165,9 @@ def _return_partials(
     if lse is None:
         return reduce_scatter_rows(out, counts, group, "partials"), None
     mine = [counts[group.rank]] * group.size
-    sent = [start_all_to_all_rows(x, counts, mine, group, name) for x, name in ((out, "partials"), (lse, "partials.lse"))]
+    sent = [
+        start_all_to_all_rows(x, counts, mine, group, name) for x, name in ((out, "partials"), (lse, "partials.lse"))
+    ]
     outs, lses = (x.arrive() for x in sent)
     return modules.scoring.combine(
         outs.view(group.size, mine[0], *out.shape[1:]), lses.view(group.size, mine[0], lse.shape[1])

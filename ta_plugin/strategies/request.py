@@ -101,7 +101,8 @@ def fetch(
 ) -> tuple[Tensor, Segments]:
     """Embeddings of ids (n,): distinct rows (I, E), each travelling once from its owner, and the row of each id.
 
-    `end` is that of the space whose tokens they are. Without `deduplicate` every id fetches a row of its own. Collective, forward and backward.
+    `end` is that of the space whose tokens they are. Without `deduplicate` every id fetches a row of its own. Collective, forward and
+    backward.
     """
     ids_space = modules.distinct(ids, end) if deduplicate else UniqueSpace.of_occurrences(ids)
     group, owners = modules.group, owners_of(modules.embedding_fn, modules.group.size)
