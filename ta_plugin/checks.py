@@ -29,7 +29,8 @@ def check_tokens(
             f"{name} has shape {tuple(tokens.shape)}, but batch_size and sequence_length are {shape}; pad a short batch with "
             "samples of length 0, and construct TokenizedAttention for another shape"
         )
-    check_lengths("lengths", lengths, tokens.shape[0], tokens.shape[1], device, read)
+    if lengths is not None:
+        check_length_grid("lengths", lengths, tokens.shape[0], device)
     if not read:
         return
     valid = tokens
@@ -37,8 +38,12 @@ def check_tokens(
         past = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
         valid = tokens.masked_fill(past, 0)  # what lies past a length is never read
     if valid.numel() == 0:
+        check_lengths("lengths", lengths, tokens.shape[0], tokens.shape[1], device)
         return
-    smallest, largest = (int(x) for x in torch.stack([valid.min(), valid.max()]))
+    ends = [*valid.aminmax(), *(() if lengths is None else lengths.aminmax())]
+    smallest, largest, *extents = torch.stack(ends).tolist()  # one wait for the device
+    if extents and not 0 <= extents[0] <= extents[1] <= tokens.shape[1]:
+        check_lengths("lengths", lengths, tokens.shape[0], tokens.shape[1], device)
     if smallest < 0:
         where = (valid == smallest).nonzero()[0].tolist()
         raise ValueError(f"{name}{where} is {smallest}; ids are 0 or larger (exclude padding with lengths)")
@@ -47,22 +52,23 @@ def check_tokens(
         raise ValueError(f"{name}{where} is {largest}, but vocab_size is {vocab_size}; ids must lie below it")
 
 
-def check_lengths(
-    name: str, lengths: Tensor | None, batch: int, longest: int, device: torch.device, read: bool = True
-) -> None:
+def check_lengths(name: str, lengths: Tensor | None, batch: int, longest: int, device: torch.device) -> None:
     """Lengths (B,) int64 in [0, longest], or None."""
     if lengths is None:
         return
-    if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
-        raise ValueError(f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}; pass int64 of shape ({batch},)")
-    if lengths.device.type != device.type:
-        raise ValueError(f"{name} is on {lengths.device}; move it to {device}")
-    if not read:
-        return
+    check_length_grid(name, lengths, batch, device)
     bad = ((lengths < 0) | (lengths > longest)).nonzero()
     if bad.numel():
         sample = int(bad[0])
         raise ValueError(f"{name}[{sample}] is {int(lengths[sample])}; it must lie in [0, {longest}]")
+
+
+def check_length_grid(name: str, lengths: Tensor, batch: int, device: torch.device) -> None:
+    """What `check_lengths` tells without waiting for the device."""
+    if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
+        raise ValueError(f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}; pass int64 of shape ({batch},)")
+    if lengths.device.type != device.type:
+        raise ValueError(f"{name} is on {lengths.device}; move it to {device}")
 
 
 def check_cutoffs(cutoffs: Tensor | None, targets: Tensor, tokens: Tensor) -> None:

@@ -79,7 +79,8 @@ class PermutedRows:
 
     def local_row(self, ids: Tensor) -> Tensor:
         """The row within its owner's shard."""
-        return self.permute(ids) % self.rows_per_rank
+        rows = self.permute(ids)
+        return rows if self.num_ranks == 1 else rows % self.rows_per_rank
 
 
 def rfc_positions(positions: Tensor, samples: Tensor, rank: int, batch_size: int, sequence_length: int) -> Tensor:

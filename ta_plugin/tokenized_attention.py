@@ -330,7 +330,9 @@ class TokenizedAttention(nn.Module):
     def _read(self, inputs: Inputs) -> tuple[Request, str]:
         """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
         kinds, sizes, space, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, None, Sides()
-        flags = gradient_flags(self._dense_parameters(), getattr(self.embedding_fn, "table", self.embedding_fn))
+        alone, flags = self.group.size == 1, 0
+        if not alone:  # otherwise there is nobody to agree with
+            flags = gradient_flags(self._dense_parameters(), getattr(self.embedding_fn, "table", self.embedding_fn))
         error: Exception | None = None
         try:
             heads = self.projections.num_heads, self.projections.num_kv_heads
@@ -353,7 +355,7 @@ class TokenizedAttention(nn.Module):
                 space = build(inputs.tokens, inputs.lengths)
             sides = Sides.pack(space, inputs.bias, inputs.value_term, inputs.multiplier)
             sides.check(self.scoring.normaliser)
-            kinds, sizes = inputs.kinds(), self._sizes(space, targets)
+            kinds, sizes = kinds if alone else inputs.kinds(), self._sizes(space, targets)
         except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
             error = failure
         headers = exchange_header(self.group, [flags, *kinds, *sizes], error)
@@ -393,6 +395,8 @@ class TokenizedAttention(nn.Module):
             only_gather = "self-attention has as many queries as keys"
         elif encoded and self.layout == "sample":
             only_gather = "encode makes keys depend on their sample"
+        if self.layout == "sample" and self.strategy in ("gather", "owner", "positions") and only_gather is None:
+            return self.strategy
         rates = self.rates or Rates.of(self.group.device)
         embed_dim = getattr(self.embedding_fn, "embedding_dim", None) or 64
         load = replace(self._workload(by_rank, embed_dim, 0.0), targets=has_targets)  # also with T = 0

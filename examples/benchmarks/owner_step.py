@@ -139,7 +139,7 @@ def measure(
     grad = torch.randn(args.batch, args.targets, args.dim, device=device).to(dtype)
     batch = table, tokens, lengths, targets, grad
 
-    outs, sent, peak, busy = {}, {}, {}, {}
+    outs, sent, calls, peak, busy = {}, {}, {}, {}, {}
     for name, model in ways.items():
         outs[name] = step(model, *batch)
         group.traffic.reset()
@@ -149,7 +149,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
         step(model, *batch)
-        sent[name] = group.traffic.total_bytes()
+        sent[name], calls[name] = group.traffic.total_bytes(), group.traffic.total_calls()
         peak[name] = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
         busy[name] = device_ms(lambda model=model: step(model, *batch), device)  # type: ignore[misc]
     largest = outs["dense"].abs().max()
@@ -172,7 +172,7 @@ def measure(
         memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak["dense"] else "-"
         against = f"{times[name] / floor:.1f}" if name == "owner" else ""
         speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against}"
-        say(f"| {group.size} | {length} | {name} | {speed} | {sent[name] / 2**20:.4g} | {memory} |")
+        say(f"| {group.size} | {length} | {name} | {speed} | {calls[name]} | {sent[name] / 2**20:.4g} | {memory} |")
     return times
 
 
@@ -194,7 +194,8 @@ def start() -> tuple[torch.device, int, bool]:
     if "RANK" in os.environ:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        mine = torch.device("cuda", torch.cuda.current_device()) if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=mine)
     world = dist.get_world_size() if dist.is_initialized() else 1
     first = not dist.is_initialized() or dist.get_rank() == 0
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), world, first
@@ -217,7 +218,7 @@ def main() -> None:
         f"T={args.targets} {args.dtype}, Zipf {args.alpha} over {args.vocab} ids"
     )
     columns = ["ranks", "L", "way", "ms", "GPU busy, ms", "dense over it", "floor of owner, ms", "over floor"]
-    columns += ["sent per rank, MiB", "peak memory (of dense)"]
+    columns += ["collectives", "sent per rank, MiB", "peak memory (of dense)"]
     say(f"| {' | '.join(columns)} |")
     say("|" + " --- |" * len(columns))
     sizes = [n for n in (2**i for i in range(world.bit_length())) if world % n == 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,23 +71,57 @@ class HeadProjections(nn.Module):
 
     def absorb_queries(self, q: Tensor) -> Tensor:
         """q (Q, H, D) -> (Q, H, E + 1) with q.(W_k e + b_k) = (W_k^T q, q.b_k).(e, 1); (Q, H, E) without any bias."""
-        return torch.einsum("qghd,gde->qghe", self._grouped(q), self._augmented(self.key)).flatten(1, 2)
+        return _PerHead.apply(q, self._augmented(self.key), self.num_kv_heads, False)
 
     def unabsorb_values(self, out: Tensor) -> Tensor:
         """Weighted sums of (e, 1), out (Q, H, E + 1) -> W_v and b_v applied: (Q, H, Dv); of e alone without any bias."""
-        return torch.einsum("qghe,gde->qghd", self._grouped(out), self._augmented(self.value)).flatten(1, 2)
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], self.num_kv_heads, self.num_heads // self.num_kv_heads, x.shape[2])
+        return _PerHead.apply(out, self._augmented(self.value), self.num_kv_heads, True)
 
     def _augmented(self, linear: nn.Module | None) -> Tensor:
-        """Weight and bias per kv head, (Hk, D, E + 1), or the weight alone (Hk, D, E) where neither map has a bias."""
+        """Weight and bias (Hk * D, E + 1), or the weight alone (Hk * D, E) where neither map has a bias."""
         assert isinstance(linear, nn.Linear)
         if not self.has_bias:
-            return linear.weight.view(self.num_kv_heads, -1, linear.in_features)
+            return linear.weight
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        whole = torch.cat([linear.weight, bias[:, None]], 1)
-        return whole.view(self.num_kv_heads, -1, whole.shape[1])
+        return torch.cat([linear.weight, bias[:, None]], 1)
+
+
+class _PerHead(torch.autograd.Function):
+    """x (Q, H, D) times its kv head's block of a weight (Hk * D, E), or of its transpose: (Q, H, E). One node where einsum leaves ten."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.groups, ctx.transposed = groups, transposed
+        blocks = weight.view(groups, -1, weight.shape[1])
+        return _from_groups(torch.bmm(_to_groups(x, groups), blocks.mT if transposed else blocks), x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = _PerHead.apply(grad, weight, ctx.groups, not ctx.transposed)
+        if ctx.needs_input_grad[1]:
+            left, right = (grad, x) if ctx.transposed else (x, grad)
+            dweight = torch.bmm(_to_groups(left, ctx.groups).mT, _to_groups(right, ctx.groups)).view_as(weight)
+        return dx, dweight, None, None
+
+
+def _to_groups(x: Tensor, groups: int) -> Tensor:
+    """(Q, H, D) -> (Hk, Q * H / Hk, D)."""
+    queries, heads, width = x.shape
+    if heads == groups:
+        return x.transpose(0, 1)
+    return x.reshape(queries, groups, heads // groups, width).transpose(0, 1).reshape(groups, -1, width)
+
+
+def _from_groups(x: Tensor, heads: int) -> Tensor:
+    """The inverse: (Hk, Q * H / Hk, E) -> (Q, H, E)."""
+    groups, _, width = x.shape
+    if heads == groups:
+        return x.transpose(0, 1)
+    return x.view(groups, -1, heads // groups, width).transpose(0, 1).reshape(-1, heads, width)
 
 
 def with_one(rows: Tensor, spare: int = 0) -> Tensor:

@@ -169,6 +169,8 @@ def _limit(q: Tensor, k_table: Tensor, v_table: Tensor | None, activation: Activ
 
 def _not_ready(device: str) -> str | None:
     """Why the kernels cannot run on a device, or None. On the CPU nothing is compiled for a call."""
+    if device in TARGET_ATTENTION.ready:
+        return None
     define(TARGET_ATTENTION)
     if is_compiled(TARGET_ATTENTION.name, device):
         return None

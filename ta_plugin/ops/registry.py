@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -38,12 +38,45 @@ class Operator:
     fake: Callable[..., Any]
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None
     backward: Callable[..., Any] | None = None
+    ready: set[str] = field(default_factory=set, compare=False, repr=False)  # devices with a kernel; they stay so
 
     def __call__(self, first: Tensor, *rest: Any) -> Any:
         device = first.device.type
+        if torch.compiler.is_compiling():
+            if device in ("cpu", "cuda") and (is_compiled(self.name, device) or make_ready(self, device)):
+                return getattr(torch.ops.ta_plugin, self.name)(first, *rest)
+            return self.plain(first, *rest)
+        if device in self.ready:
+            return self.compiled(first, *rest)
         if device in ("cpu", "cuda") and (is_compiled(self.name, device) or make_ready(self, device)):
-            return getattr(torch.ops.ta_plugin, self.name)(first, *rest)
+            self.ready.add(device)
+            return self.compiled(first, *rest)
         return self.plain(first, *rest)
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """torch.ops.ta_plugin.<name> in eager mode: the same kernel and gradient, without what torch.library does per call."""
+        kernel = getattr(torch.ops.ta_plugin, self.name).default
+        if self.backward is None:
+            return kernel
+
+        def run(*inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return kernel(*inputs)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = run(*inputs)
+            self.setup_context(ctx, inputs, output)  # type: ignore[misc]
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(self.backward)}
+        with_gradient = type(self.name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+        def call(*inputs: Any) -> Any:
+            flows = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            return with_gradient(*inputs) if flows else run(*inputs)
+
+        return call
 
     @cached_property
     def plain(self) -> Callable[..., Any]:

@@ -116,15 +116,18 @@ def test_what_no_kernel_covers_goes_the_old_way(options: dict[str, Any], call: d
     assert compare("gather", options, call) == 0
 
 
-def test_one_rank_neither_routes_nor_merges_and_reads_little_from_the_device() -> None:
+def test_one_rank_neither_routes_nor_merges_and_reads_little_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model, full = build("owner", None, {"head_width": 64}), batch()
     del full["target_lengths"]  # every slot is a target
+    lists, read = [], Tensor.tolist  # the profiler does not see it on the CPU
+    monkeypatch.setattr(Tensor, "tolist", lambda x: lists.append(x) or read(x))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(**full).sum().backward()
     called = {event.key: event.count for event in profile.key_averages()}
     assert called["aten::index_select"] > 0
     assert {"aten::bincount", "ta_plugin::partition", "ta_plugin::merge"} & set(called) == set()
-    assert called.get("aten::nonzero", 0) + called["aten::_local_scalar_dense"] <= 5
+    assert lists
+    assert called.get("aten::nonzero", 0) + called.get("aten::_local_scalar_dense", 0) + len(lists) <= 5
 
 
 def on_rank(case: str) -> int:
