@@ -151,6 +151,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
     "auto, bias": ({"strategy": "auto"}, {"bias": normal(B, L, H)}),
     "silu, multiplier": ({"normaliser": "none", "activation": F.silu}, {"multiplier": normal(B, L).abs()}),
     "the embedding itself": ({"query": None, "key": None, "value": None, "output": None}, {}),
+    "another backend": ({"backend": "reference"}, {}),
     "queries": ({}, {"queries": normal(B, T, D)}),
 }
 

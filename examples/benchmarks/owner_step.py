@@ -8,6 +8,7 @@ Ways, forward and backward of the same batch, plan included:
   dense   every occurrence's embedding moves to the reader, which projects it and calls scaled_dot_product_attention
   unique  distinct embeddings move, attention in unique space (strategy "gather")
   owner   keys stay, queries and partial results move (strategy "owner")
+  captured  the same on one rank with bounds on its sizes, an eighth above what the batch holds; on a GPU replayed from a CUDA graph
 Gradients of embeddings end as (row, gradient) pairs at their owners, for `dense` one per occurrence: their sum is left out.
 The floor of `owner` is bytes over the bandwidth of a copy measured in the same run: tokens read and their inverse written once,
 each needed row read once forward and once backward, each distinct row's gradient written; the wire is not in it.
@@ -90,7 +91,10 @@ class Dense(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def build(args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def build(
+    args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.dtype, space: UniqueSpace | None = None
+) -> dict[str, nn.Module]:
+    """The ways by name; a batch's space gives the bounds of `captured`."""
     table = Rows(args.vocab, args.dim, group, dtype)
     torch.manual_seed(0)
     maps: dict[str, nn.Module] = {
@@ -98,11 +102,33 @@ def build(args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.d
         for name in ("query", "key", "value")
     }
     ways: dict[str, nn.Module] = {"dense": Dense(table, group, maps, args.heads)}
+    options = {"group": group, "num_heads": args.heads, **maps}
     for name, strategy in (("unique", "gather"), ("owner", "owner")):
-        ways[name] = TokenizedAttention(
-            args.batch, length, group.size, table, group=group, num_heads=args.heads, strategy=strategy, **maps
+        ways[name] = TokenizedAttention(args.batch, length, group.size, table, strategy=strategy, **options)
+    if space is not None:
+        rows, ids = (n + n // 8 for n in (space.num_rows, int(space.tokens.unique().numel())))
+        ways["captured"] = TokenizedAttention(
+            args.batch, length, 1, table, strategy="owner", row_bound=rows, id_bound=ids, **options
         )
     return ways
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step replayed from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def step(model: nn.Module, table: Rows, tokens: Tensor, lengths: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
@@ -130,47 +156,46 @@ def measure(
 ) -> dict[str, float]:
     """One row per way; milliseconds of each."""
     device, dtype = group.device, getattr(torch, args.dtype)
-    ways = build(args, group, length, dtype)
+    tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=group.rank)
+    lengths = torch.full((args.batch,), length, device=device)
+    space = UniqueSpace.from_padded(tokens, lengths)
+    ways = build(args, group, length, dtype, space if group.size == 1 else None)
     table = ways["owner"].embedding_fn
     assert isinstance(table, Rows)
-    tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=group.rank)
     targets = zipf_tokens(args.batch, args.targets, args.vocab, args.alpha, device, seed=1000 + group.rank)
-    lengths = torch.full((args.batch,), length, device=device)
     grad = torch.randn(args.batch, args.targets, args.dim, device=device).to(dtype)
-    batch = table, tokens, lengths, targets, grad
 
+    def work(model: nn.Module) -> Callable[[], Tensor]:
+        return lambda: step(model, table, tokens, lengths, targets, grad)
+
+    runs = {name: work(model) for name, model in ways.items()}
+    if "captured" in runs and device.type == "cuda":
+        runs["captured"] = captured(runs["captured"])
     outs, sent, calls, peak, busy = {}, {}, {}, {}, {}
-    for name, model in ways.items():
-        outs[name] = step(model, *batch)
+    for name, run in runs.items():
+        outs[name] = run()
         group.traffic.reset()
         held = 0
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        step(model, *batch)
+        run()
         sent[name], calls[name] = group.traffic.total_bytes(), group.traffic.total_calls()
         peak[name] = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
-        busy[name] = device_ms(lambda model=model: step(model, *batch), device)  # type: ignore[misc]
+        busy[name] = device_ms(run, device)
     largest = outs["dense"].abs().max()
     for name, out in outs.items():
         error = float((out - outs["dense"]).abs().max() / largest)
         if not error <= TOLERANCE[dtype]:
             raise SystemExit(f"{name} differs from dense by {error:.1e} of the largest output")
 
-    def work(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            step(model, *batch)
-
-        return run
-
-    times = median_ms({name: work(model) for name, model in ways.items()}, args.rounds, device)
-    space = UniqueSpace.from_padded(tokens, lengths)
+    times = median_ms(runs, args.rounds, device)
     ids, row = int(space.tokens.unique().numel()), args.dim * dtype.itemsize
     floor = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
     for name in ways:
-        memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak["dense"] else "-"
-        against = f"{times[name] / floor:.1f}" if name == "owner" else ""
+        memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak[name] else "-"
+        against = f"{times[name] / floor:.1f}" if name in ("owner", "captured") else ""
         speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against}"
         say(f"| {group.size} | {length} | {name} | {speed} | {calls[name]} | {sent[name] / 2**20:.4g} | {memory} |")
     return times
