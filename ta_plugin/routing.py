@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.ops.planning import OWNERS, PARTITION
@@ -118,15 +119,16 @@ class Route:
         batch = cu_seqlens.numel() - 1
         order, sizes = PARTITION(owner, cu_seqlens.long(), group.size)
         received = all_to_all_rows(sizes.reshape(-1), [batch] * group.size, batch_sizes, group, "sizes")
-        bounds = torch.zeros(received.numel() + 1, dtype=torch.int64, device=owner.device)
+        bounds = torch.zeros(received.numel() + 1, dtype=torch.int32, device=owner.device)
         torch.cumsum(received, 0, out=bounds[1:])
         if group.size == 1:
             send, receive = [owner.numel()], [owner.numel()]
-        else:  # both splits reach the host in one copy
-            ends = torch.tensor(batch_sizes, device=owner.device).cumsum(0)
-            totals = torch.cat([sizes.sum(1), bounds[ends].diff(prepend=bounds[:1])]).tolist()
-            send, receive = totals[: group.size], totals[group.size :]
-        return cls(group, order, sizes, bounds.int(), send, receive)
+        else:  # both reach the host in one copy and are added up there: a launch costs more than the sums
+            sent, arrived = torch.cat([sizes.reshape(-1), received]).cpu().split([sizes.numel(), received.numel()])
+            ends, running = torch.tensor(batch_sizes).cumsum(0), F.pad(arrived.cumsum(0), (1, 0))
+            send = sent.view(group.size, batch).sum(1).tolist()
+            receive = running[ends].diff(prepend=running[:1]).tolist()
+        return cls(group, order, sizes, bounds, send, receive)
 
     def together(self, batch: int, pieces: int = 1) -> tuple[Tensor, Tensor]:
         """Layout "sequence", where sample b of every rank is one sample: what was received, brought together by sample.

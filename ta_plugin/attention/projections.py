@@ -71,11 +71,11 @@ class HeadProjections(nn.Module):
 
     def absorb_queries(self, q: Tensor) -> Tensor:
         """q (Q, H, D) -> (Q, H, E + 1) with q.(W_k e + b_k) = (W_k^T q, q.b_k).(e, 1); (Q, H, E) without any bias."""
-        return _PerHead.apply(q, self._augmented(self.key), self.num_kv_heads, False)
+        return _per_head(q, self._augmented(self.key), self.num_kv_heads, False)
 
     def unabsorb_values(self, out: Tensor) -> Tensor:
         """Weighted sums of (e, 1), out (Q, H, E + 1) -> W_v and b_v applied: (Q, H, Dv); of e alone without any bias."""
-        return _PerHead.apply(out, self._augmented(self.value), self.num_kv_heads, True)
+        return _per_head(out, self._augmented(self.value), self.num_kv_heads, True)
 
     def _augmented(self, linear: nn.Module | None) -> Tensor:
         """Weight and bias (Hk * D, E + 1), or the weight alone (Hk * D, E) where neither map has a bias."""
@@ -84,6 +84,13 @@ class HeadProjections(nn.Module):
             return linear.weight
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         return torch.cat([linear.weight, bias[:, None]], 1)
+
+
+def _per_head(x: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # cast here, where backward casts back: it runs outside of autocast
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _PerHead.apply(x, weight, groups, transposed)
 
 
 class _PerHead(torch.autograd.Function):

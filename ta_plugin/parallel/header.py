@@ -27,15 +27,14 @@ def exchange_header(group: SSPGroup, fields: Sequence[int], error: Exception | N
     header = torch.zeros(_FIELDS + 1 + _MESSAGE_BYTES // 8, dtype=torch.int64)
     message = (str(error) or repr(error)).encode()[:_MESSAGE_BYTES] if error is not None else b""
     header[: len(fields)] = torch.tensor(list(fields), dtype=torch.int64)
-    header[_FIELDS] = len(message)
     if message:
+        header[_FIELDS] = len(message)
         padded = message.ljust(_MESSAGE_BYTES, b"\0")
         header[_FIELDS + 1 :] = torch.frombuffer(bytearray(padded), dtype=torch.int64)
     headers = _all_gather(header, group)
-    for rank, row in enumerate(headers):
-        length = int(row[_FIELDS])
+    for rank, length in enumerate(headers[:, _FIELDS].tolist()):
         if length:
-            text = bytes(row[_FIELDS + 1 :].view(torch.uint8)[:length].tolist()).decode(errors="replace")
+            text = bytes(headers[rank, _FIELDS + 1 :].view(torch.uint8)[:length].tolist()).decode(errors="replace")
             raise ValueError(f"rank {rank} of {group.size}: {text}") from (error if rank == group.rank else None)
     return headers[:, : len(fields)].tolist()
 

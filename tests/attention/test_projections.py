@@ -41,6 +41,37 @@ def test_absorbed_attention_equals_projected_attention(kv_heads: int, bias: bool
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_absorption_equals_its_einsum_to_the_second_derivative(kv_heads: int, queries: int) -> None:
+    p, x = projections(kv_heads, bias=False), torch.randn(queries, HEADS, DIM, dtype=torch.float64, requires_grad=True)
+    blocks = p.key.weight.view(kv_heads, DIM, EMBED)  # type: ignore[union-attr, operator]
+    grouped = x.view(queries, kv_heads, HEADS // kv_heads, DIM)
+    written_out = torch.einsum("qghd,gde->qghe", grouped, blocks).flatten(1, 2)
+    torch.testing.assert_close(p.absorb_queries(x), written_out, rtol=0, atol=1e-12)
+    if queries:
+        leaf = p.key.weight.detach().clone().requires_grad_()  # type: ignore[union-attr, operator]
+        assert torch.autograd.gradcheck(lambda x, w: projected_by(p, x, w), (x, leaf))
+        assert torch.autograd.gradgradcheck(lambda x, w: projected_by(p, x, w), (x, leaf))
+
+
+def projected_by(p: HeadProjections, x: Tensor, weight: Tensor) -> Tensor:
+    changed = nn.Linear(EMBED, weight.shape[0], bias=False, dtype=weight.dtype)
+    del changed.weight
+    changed.weight = weight  # type: ignore[assignment]
+    whole = HeadProjections(None, changed, changed, num_heads=p.num_heads, num_kv_heads=p.num_kv_heads)
+    return whole.unabsorb_values(whole.absorb_queries(x))
+
+
+def test_absorption_under_autocast_leaves_gradients_of_the_leaves_dtype() -> None:
+    p, x = projections(2, bias=False).float(), torch.randn(5, HEADS, DIM, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = p.unabsorb_values(p.absorb_queries(x))
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert {x.grad.dtype, p.key.weight.grad.dtype} == {torch.float32}  # type: ignore[union-attr]
+
+
 def test_only_linear_maps_are_absorbed() -> None:
     assert projections(2).absorbable
     normed = HeadProjections(None, nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), nn.Linear(6, 6))

@@ -49,6 +49,7 @@ def check_all_to_all(sends: list[list[int]]) -> None:
     assert group.traffic.elements["test"] == away * 6
     assert group.traffic.bytes["test"] == away * 48
     assert group.traffic.elements["test.grad"] == back * 6
+    assert group.traffic.calls == {"test": 1, "test.grad": 1} and group.traffic.total_calls() == 2
     grad.sum().backward()  # of second order: a sum over every rank's 2 * weight
     (second,) = torch.autograd.grad(
         sum((2 * e * w).sum() for e, w in zip(expected, weights, strict=True)), everyone[me]
@@ -209,4 +210,4 @@ def test_one_rank_passes_through_and_sends_nothing() -> None:
         start_all_gather_rows(x, [2], group, "x").arrive(),
     ]
     assert all(out is x for out in outs)
-    assert group.traffic.total_bytes() == 0
+    assert group.traffic.total_bytes() == group.traffic.total_calls() == 0
