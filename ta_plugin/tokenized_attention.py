@@ -242,6 +242,8 @@ class TokenizedAttention(nn.Module):
         error: ValueError | None = None
         try:
             self._check_layout()
+            if self.bounds is not None:
+                self._bounds(self.bounds.rows, self.bounds.ids)
         except ValueError as failure:
             error = failure
         self._agree(error)

@@ -255,17 +255,23 @@ def test_what_bounds_do_not_cover_is_named(options: dict[str, Any], change: dict
         build(**options)(**{**inputs(), **change})
 
 
-def on_two_ranks() -> str:
-    group = SSPGroup(torch.distributed.group.WORLD)
-    try:
-        TokenizedAttention(B, L, 2, nn.Embedding(V, D), group=group, row_bound=9)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def on_two_ranks() -> list[str]:
+    group, raised = SSPGroup(torch.distributed.group.WORLD), []
+    alone = TokenizedAttention(B, L, 1, nn.Embedding(V, D), row_bound=9)
+    for build in (
+        lambda: TokenizedAttention(B, L, 2, nn.Embedding(V, D), group=group, row_bound=9),
+        lambda: alone.regroup(group),
+    ):
+        try:
+            build()
+        except ValueError as error:
+            raised.append(str(error))
+    return raised
 
 
 def test_several_ranks_are_refused_on_each(rank_pools: Any) -> None:
-    assert all("row_bound is 9, with 2 rank(s)" in text for text in rank_pools(2).run(on_two_ranks))
+    for raised in rank_pools(2).run(on_two_ranks):
+        assert len(raised) == 2 and all("row_bound is 9, with 2 rank(s)" in text for text in raised)
 
 
 def test_bounds_by_themselves() -> None:
