@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
+from measuring import captured, copy_bandwidth, machine, median_ms, zipf_tokens
 from torch import Tensor, nn
 
 from ta_plugin import SSPGroup, TokenizedAttention, UniqueSpace
@@ -111,24 +111,6 @@ def build(
             args.batch, length, 1, table, strategy="owner", row_bound=rows, id_bound=ids, **options
         )
     return ways
-
-
-def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A step replayed from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def step(model: nn.Module, table: Rows, tokens: Tensor, lengths: Tensor, targets: Tensor, grad: Tensor) -> Tensor:
