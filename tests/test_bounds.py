@@ -5,6 +5,7 @@ Fake tensors hold no values, so whatever would read one raises: `FakeTensorMode`
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention, UniqueSpace
 from ta_plugin.bounds import Bounds
 from ta_plugin.ops import load_op
+from ta_plugin.ops.segments import SEGMENT_LOGSUMEXP
 
 B, L, T, V, D, H = 3, 9, 2, 20, 8, 4
 NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -86,6 +88,14 @@ def test_tokens_past_the_last_bound_are_left_out(tokens: list[int], end: int) ->
     assert torch.equal(ours.tokens[: exact.num_rows], exact.tokens)
     assert ours.fold(torch.ones(len(tokens))).tolist()[: exact.num_rows] == exact.counts.tolist()
     assert int(ours.counts.sum()) == end
+
+
+def test_members_of_no_segment_do_not_lift_a_peak() -> None:
+    """A spare member points at row 0 with value 0, beside which exp(-1000) would vanish."""
+    space = UniqueSpace.from_padded(torch.tensor([[7, 7, 7]]), torch.tensor([2]), rows=2)
+    values = torch.tensor([-1000.0, -1000.0, 0.0], dtype=torch.float64)
+    found = SEGMENT_LOGSUMEXP.in_torch(values, *space.segments.tensors())
+    torch.testing.assert_close(found, torch.tensor([math.log(2) - 1000, -torch.inf], dtype=torch.float64))
 
 
 def test_spare_rows_are_empty_and_what_does_not_fit_is_an_empty_batch_that_says_so() -> None:
