@@ -32,17 +32,21 @@ def check_tokens(
     vocab_size: int | None,
     lengths: Tensor | None,
     shape: tuple[int, int] | None = None,
+    read: bool = True,
 ) -> None:
-    """Ids (B, L) int64 on `device`, of `shape` where one is required, valid up to `lengths` (B,)."""
+    """Ids (B, L) int64 on `device`, of `shape` where one is required, valid up to `lengths` (B,). Without `read` no values are."""
     check_grid(name, tokens, device)
     if shape is not None and tuple(tokens.shape) != shape:
         raise ValueError(
             f"{name} has shape {tuple(tokens.shape)}, but batch_size and sequence_length are {shape}; pad a short batch with "
             "samples of length 0, and construct TokenizedAttention for another shape"
         )
-    valid = tokens
     if lengths is not None:
         check_length_grid("lengths", lengths, tokens.shape[0], device)
+    if not read:
+        return
+    valid = tokens
+    if lengths is not None:
         past = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
         valid = tokens.masked_fill(past, 0)  # what lies past a length is never read
     if valid.numel() == 0:
@@ -64,7 +68,6 @@ def check_lengths(name: str, lengths: Tensor | None, batch: int, longest: int, d
     """Lengths (B,) int64 in [0, longest], or None."""
     if lengths is None:
         return
-    check_tensor(name, lengths)
     check_length_grid(name, lengths, batch, device)
     bad = ((lengths < 0) | (lengths > longest)).nonzero()
     if bad.numel():
@@ -74,6 +77,7 @@ def check_lengths(name: str, lengths: Tensor | None, batch: int, longest: int, d
 
 def check_length_grid(name: str, lengths: Tensor, batch: int, device: torch.device) -> None:
     """What `check_lengths` tells without waiting for the device."""
+    check_tensor(name, lengths)
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
         raise ValueError(f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}; pass int64 of shape ({batch},)")
     if lengths.device.type != device.type:

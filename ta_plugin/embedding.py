@@ -156,6 +156,16 @@ class ShardedTokenEmbedding(nn.Module):
             raise RuntimeError("backward ran between reduce_gradients() and step(); finish the step first")
         self._recorded.append((rows, grad))
 
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether a gradient waits for `step()`."""
+        return bool(self._recorded) or self._reduced is not None
+
+    def take_recorded(self) -> list[tuple[Tensor, Tensor]]:
+        """What backward recorded since the last step, (rows, gradient) pairs; forgotten here."""
+        recorded, self._recorded = self._recorded, []
+        return recorded
+
     def reduce_gradients(self) -> None:
         """Fold the recorded gradients per row, sum them over the replicas and divide by DP. Collective over the replicas."""
         if self._reduced is not None:

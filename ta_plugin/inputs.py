@@ -33,13 +33,21 @@ class Inputs:
     encode: Encoder | None = None
 
     def check(
-        self, shape: tuple[int, int], device: torch.device, vocab_size: int | None, num_heads: int, num_kv_heads: int
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        vocab_size: int | None,
+        num_heads: int,
+        num_kv_heads: int,
+        bounded: bool = False,
     ) -> None:
-        """Raise ValueError for what is wrong with this rank's arguments."""
+        """Raise ValueError for what is wrong with this rank's arguments; where sizes are `bounded`, without reading the device."""
         if self.lengths is None:
             raise ValueError("lengths is None; pass (B,) int64, L for a sample without padding")
-        check_tokens("tokens", self.tokens, device, vocab_size, self.lengths, shape)
-        self._check_targets(device, vocab_size)
+        check_tokens("tokens", self.tokens, device, vocab_size, self.lengths, shape, read=not bounded)
+        if bounded:
+            self._check_bounded()
+        self._check_targets(device, vocab_size, read=not bounded)
         check_side("bias", self.bias, self.tokens, {num_heads})
         check_side("multiplier", self.multiplier, self.tokens, {num_heads})
         check_side("value_term", self.value_term, self.tokens, {num_heads, num_kv_heads}, trailing=1)
@@ -55,7 +63,18 @@ class Inputs:
         """For each optional argument a number that ranks must agree on: 0 for None, else of dtype, width and gradient."""
         return [_kind(getattr(self, name)) for name in OPTIONAL]
 
-    def _check_targets(self, device: torch.device, vocab_size: int | None) -> None:
+    def _check_bounded(self) -> None:
+        if self.targets is None and self.queries is None:
+            raise ValueError(
+                "row_bound is given in self-attention; it covers target attention: pass targets or queries"
+            )
+        for name in ("target_lengths", "target_cutoffs", "value_term", "encode"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is given with row_bound, whose sizes never visit the host; leave out one of them"
+                )
+
+    def _check_targets(self, device: torch.device, vocab_size: int | None, read: bool) -> None:
         if self.targets is not None and self.queries is not None:
             raise ValueError("targets and queries are both given; pass ids or their embeddings, not both")
         grid = self.targets if self.targets is not None else self.queries
@@ -70,7 +89,7 @@ class Inputs:
             check_grid("targets", grid, device)
         check_lengths("target_lengths", self.target_lengths, grid.shape[0], grid.shape[1], self.tokens.device)
         if self.targets is not None:
-            check_tokens("targets", self.targets, device, vocab_size, self.target_lengths)
+            check_tokens("targets", self.targets, device, vocab_size, self.target_lengths, read=read)
         samples = self.tokens.shape[0]
         if grid.shape[0] != samples:
             raise ValueError(f"targets are for {grid.shape[0]} samples, tokens for {samples}; pass one row per sample")

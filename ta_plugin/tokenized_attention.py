@@ -16,6 +16,7 @@ from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
+from ta_plugin.bounds import Bounds
 from ta_plugin.checks import check_tokens
 from ta_plugin.embedding import EmbeddingFn, owners_of, vocab_size_of
 from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement, check_gradient_flags, gradient_flags
@@ -69,6 +70,11 @@ class TokenizedAttention(nn.Module):
     row_multiple:  `encode` gets a multiple of so many rows, spare ones included, so that shapes repeat (torch.compile, CUDA graphs,
                    the caching allocator); exact for any value, and free to differ between ranks
 
+    row_bound:     no batch has more distinct tokens than that, added up over its samples: sizes then never visit the host, and a step
+                   can be captured in a CUDA graph (`CapturedStep`). For target attention on one rank. What does not fit gives NaN,
+                   and `check_bounds` raises
+    id_bound:      neither the tokens of a batch nor its targets have more distinct ids than that; row_bound by default
+
     Constructing is collective over the group: ranks that disagree on sizes, heads, strategy or nranks all raise here.
     """
 
@@ -97,6 +103,8 @@ class TokenizedAttention(nn.Module):
         backend: str | None = None,
         rates: Rates | None = None,
         row_multiple: int = 1,
+        row_bound: int | None = None,
+        id_bound: int | None = None,
         deterministic: bool = True,
     ) -> None:
         super().__init__()
@@ -121,6 +129,7 @@ class TokenizedAttention(nn.Module):
             if strategy not in _STRATEGIES:
                 raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
             self._check_layout()
+            self.bounds = self._bounds(row_bound, id_bound)
             self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
             self.scoring = Scoring(
                 scale=scale,
@@ -173,6 +182,8 @@ class TokenizedAttention(nn.Module):
             return owned.to_positions(self._output(mixed))  # projected once per owned row
         attend = owner if strategy == "owner" else gather  # steps 4 and 5, and what follows them
         rows = self._output(attend(request, self._parts()))
+        if self.bounds is not None:
+            rows = rows.masked_fill(~self.bounds.settle(), torch.nan)
         return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
 
     def _output(self, heads: Tensor) -> Tensor:
@@ -232,9 +243,16 @@ class TokenizedAttention(nn.Module):
         error: ValueError | None = None
         try:
             self._check_layout()
+            if self.bounds is not None:
+                self._bounds(self.bounds.rows, self.bounds.ids)
         except ValueError as failure:
             error = failure
         self._agree(error)
+
+    def check_bounds(self) -> None:
+        """Raise ValueError if a batch since the last check did not fit `row_bound` or `id_bound`, or was wrong. Reads the device."""
+        if self.bounds is not None:
+            self.bounds.check()
 
     def extra_repr(self) -> str:
         sizes = f"batch_size={self.batch_size}, sequence_length={self.sequence_length}"
@@ -242,7 +260,13 @@ class TokenizedAttention(nn.Module):
 
     def _parts(self) -> AttentionModules:
         return AttentionModules(
-            self.group, self.embedding_fn, self.projections, self.scoring, self.include_self, self.rates
+            self.group,
+            self.embedding_fn,
+            self.projections,
+            self.scoring,
+            self.include_self,
+            self.rates,
+            self.bounds,
         )
 
     def _dense_parameters(self) -> Iterator[nn.Parameter]:
@@ -274,6 +298,19 @@ class TokenizedAttention(nn.Module):
             raise ValueError(
                 f"vocab_size is {vocab_size}, but embedding_fn has {known} ids; leave it out, or pass {known} or less"
             )
+
+    def _bounds(self, row_bound: int | None, id_bound: int | None) -> Bounds | None:
+        if row_bound is None:
+            if id_bound is not None:
+                raise ValueError(f"id_bound is {id_bound} without row_bound; pass both, or row_bound alone")
+            return None
+        covers = self.group.size == 1 and self.layout == "sample" and self.strategy in ("auto", "gather", "owner")
+        if not covers or self.include_self:
+            raise ValueError(
+                f"row_bound is {row_bound}, with {self.group.size} rank(s), layout {self.layout!r}, strategy {self.strategy!r}, "
+                f"include_self={self.include_self}; it covers one rank, layout 'sample', 'auto', 'gather' or 'owner', without the own key"
+            )
+        return Bounds(row_bound, id_bound, self.vocab_size)
 
     def _check_layout(self) -> None:
         if self.layout not in _LAYOUTS:
@@ -320,14 +357,23 @@ class TokenizedAttention(nn.Module):
         error: Exception | None = None
         try:
             heads = self.projections.num_heads, self.projections.num_kv_heads
-            inputs.check((self.batch_size, self.sequence_length), self.group.device, self.vocab_size, *heads)
+            inputs.check(
+                (self.batch_size, self.sequence_length),
+                self.group.device,
+                self.vocab_size,
+                *heads,
+                self.bounds is not None,
+            )
             targets = inputs.packed_targets()
             if targets is None and self.include_self:
                 raise ValueError(
                     "include_self is set, but no targets are given; in self-attention a token sees itself anyway"
                 )
-            build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
-            space = build(inputs.tokens, inputs.lengths)
+            if self.bounds is not None:
+                space = self.bounds.space(inputs.tokens, inputs.lengths)
+            else:
+                build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
+                space = build(inputs.tokens, inputs.lengths)
             sides = Sides.pack(space, inputs.bias, inputs.value_term, inputs.multiplier)
             sides.check(self.scoring.normaliser)
             kinds, sizes = kinds if alone else inputs.kinds(), self._sizes(space, targets)
@@ -358,7 +404,8 @@ class TokenizedAttention(nn.Module):
 
     def _sizes(self, space: UniqueSpace, slots: PackedTargets | None) -> list[int]:
         """What a rank announces: rows U, occurrences M, queries Q, distinct ids I, width T."""
-        ids = int(space.tokens.unique().numel()) if self.strategy == "auto" and slots is not None else space.num_rows
+        counted = self.strategy == "auto" and slots is not None and space.found is None
+        ids = int(space.tokens.unique().numel()) if counted else space.num_rows
         if slots is None:
             return [space.num_rows, space.num_occurrences, space.num_rows, ids, 0]
         return [space.num_rows, space.num_occurrences, slots.num_targets, ids, slots.width]

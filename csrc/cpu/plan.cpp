@@ -48,7 +48,8 @@ int64_t number_rows(const int64_t* token, int64_t count, int64_t* row, int64_t* 
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// tokens (B, L) with lengths (B,), or packed tokens (M,) with bounds (B + 1,). Row outputs have room for `rows` (or any number).
+// tokens (B, L) with lengths (B,), or packed tokens (M,) with bounds (B + 1,), which may end before M where `rows` are given. Row
+// outputs have room for `rows` (or any number).
 Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
   const bool padded = tokens_.dim() == 2, fill = capacity >= 0;
   const Tensor tokens = int64s(tokens_, "tokens", padded ? 2 : 1), extents = int64s(extents_, "extents", 1);
@@ -68,7 +69,7 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
     const int64_t length = padded ? extent[b] : extent[b + 1] - extent[b];
     lowest = std::min(lowest, length), highest = std::max(highest, length);
   }
-  bool fine = lowest >= 0 && (padded ? samples == 0 || highest <= tokens.size(1) : extent[0] == 0 && extent[samples] == slots);
+  bool fine = lowest >= 0 && (padded ? samples == 0 || highest <= tokens.size(1) : extent[0] == 0 && (fill ? extent[samples] <= slots : extent[samples] == slots));
   for (int64_t b = 0; fine && b < samples; ++b) bound[b + 1] = bound[b] + (padded ? extent[b] : extent[b + 1] - extent[b]);
   const int64_t members = bound[samples];
 

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -208,8 +209,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const std::vector<int64_t> shape{a.keys, a.targets, a.heads};
   Tensor p = at::zeros(shape, wide), ds = at::zeros(shape, wide);
   Tensor dw = need_dweight ? at::zeros(shape, wide) : at::empty({0}, wide);
-  const Tensor sample = at::repeat_interleave(at::arange(a.samples, a.rows.options()),
-                                              a.cu_seqlens_k.to(at::kLong).diff(), 0, a.keys);
+  std::vector<int64_t> sample(a.keys);  // of each key; keys behind all samples are members of no row
+  for (int64_t b = 0; b < a.samples; ++b) {
+    const int* bounds = a.cu_seqlens_k.const_data_ptr<int>() + b;
+    std::fill(sample.begin() + bounds[0], sample.begin() + bounds[1], b);
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.q.scalar_type(), "target_attention_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const Call<scalar_t> call(a, scale);
@@ -224,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     });
     at::parallel_for(0, a.table, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        backward_row(call, row, sample.const_data_ptr<int64_t>(), dout_at, pairs, dk.mutable_data_ptr<scalar_t>(),
+        backward_row(call, row, sample.data(), dout_at, pairs, dk.mutable_data_ptr<scalar_t>(),
                      dv.mutable_data_ptr<scalar_t>());
     });
   });

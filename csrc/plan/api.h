@@ -9,7 +9,8 @@
 
 namespace plan {
 
-// tokens: padded (samples, length) with lengths (samples) in `extents`, or packed (slots) with bounds (samples + 1).
+// tokens: padded (samples, length) with lengths (samples) in `extents`, or packed (slots) with bounds (samples + 1), which end at
+// the number of slots, or before it where a number of rows is given.
 struct Occurrences {
   const int64_t* tokens;
   const int64_t* extents;

@@ -91,7 +91,8 @@ static __global__ void __launch_bounds__(kExtentThreads) extents_kernel(const Oc
   if (lane() == 0) lowest[threadIdx.x / 32] = low, highest[threadIdx.x / 32] = high;
   __syncthreads();
   for (int w = 0; w < kExtentThreads / 32; ++w) low = min(low, lowest[w]), high = max(high, highest[w]);
-  const bool ends = x.padded || (x.extents[0] == 0 && x.extents[x.samples] == x.slots);
+  const int64_t end = x.padded ? x.slots : x.extents[x.samples];
+  const bool ends = x.padded || (x.extents[0] == 0 && (out.fill ? end <= x.slots : end == x.slots));
   const bool fine = ends && (x.samples == 0 || (low >= 0 && (!x.padded || high <= x.length)));
   if (!fine)
     for (int64_t b = threadIdx.x; b < x.samples; b += blockDim.x) out.cu_occurrences[b] = 0;

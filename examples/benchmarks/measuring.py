@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def zipf_tokens(batch: int, length: int, vocab: int, alpha: float, device: torch
     return torch.searchsorted(shares, draws).clamp(max=vocab - 1)
 
 
-def median_ms(works: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+def median_ms(works: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median milliseconds of each, taking turns, after one call each to warm up. On a GPU between device events."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
@@ -41,11 +42,29 @@ def median_ms(works: dict[str, Callable[[], None]], rounds: int, device: torch.d
     return {name: statistics.median(x) for name, x in times.items()}
 
 
+def captured(work: Callable[[], Any]) -> Callable[[], Any]:
+    """A call on the GPU as one replayed from a CUDA graph; it returns what the capture returned, overwritten."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large device copy, bytes read plus bytes written: what the floors divide by."""
     size = (2 << 30) if device.type == "cuda" else (64 << 20)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(i) for i in range(2))
-    ms = median_ms({"copy": lambda: target.copy_(source)}, 7, device)["copy"]  # type: ignore[func-returns-value]
+    ms = median_ms({"copy": lambda: target.copy_(source)}, 7, device)["copy"]
     return 2 * size / ms * 1e3
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import captured
 from torch import Tensor
 
 from ta_plugin import UniqueSpace
@@ -36,18 +37,6 @@ def zipf(samples: int, length: int, alpha: float, seed: int) -> Tensor:
     ranks = torch.searchsorted(cdf, draws).clamp(max=2**ID_BITS - 1)
     shuffle = torch.randperm(2**ID_BITS, device="cuda", generator=g)
     return shuffle[ranks].view(samples, length)
-
-
-def captured(work: Work) -> Work:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def microseconds(works: list[Work], graph: bool = True, rounds: int = 15) -> float:

@@ -8,6 +8,7 @@ Ways, forward and backward of the same batch, plan included:
   dense   every occurrence's embedding moves to the reader, which projects it and calls scaled_dot_product_attention
   unique  distinct embeddings move, attention in unique space (strategy "gather")
   owner   keys stay, queries and partial results move (strategy "owner")
+  captured  the same on one rank with bounds on its sizes, an eighth above what the batch holds; on a GPU replayed from a CUDA graph
 Gradients of embeddings end as (row, gradient) pairs at their owners, for `dense` one per occurrence: their sum is left out.
 The floor of `owner` is bytes over the bandwidth of a copy measured in the same run: tokens read and their inverse written once,
 each needed row read once forward and once backward, each distinct row's gradient written; the wire is not in it.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
+from measuring import captured, copy_bandwidth, machine, median_ms, zipf_tokens
 from torch import Tensor, nn
 
 from ta_plugin import SSPGroup, TokenizedAttention, UniqueSpace
@@ -90,7 +91,10 @@ class Dense(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def build(args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def build(
+    args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.dtype, space: UniqueSpace | None = None
+) -> dict[str, nn.Module]:
+    """The ways by name; a batch's space gives the bounds of `captured`."""
     table = Rows(args.vocab, args.dim, group, dtype)
     torch.manual_seed(0)
     maps: dict[str, nn.Module] = {
@@ -98,9 +102,13 @@ def build(args: argparse.Namespace, group: SSPGroup, length: int, dtype: torch.d
         for name in ("query", "key", "value")
     }
     ways: dict[str, nn.Module] = {"dense": Dense(table, group, maps, args.heads)}
+    options = {"group": group, "num_heads": args.heads, **maps}
     for name, strategy in (("unique", "gather"), ("owner", "owner")):
-        ways[name] = TokenizedAttention(
-            args.batch, length, group.size, table, group=group, num_heads=args.heads, strategy=strategy, **maps
+        ways[name] = TokenizedAttention(args.batch, length, group.size, table, strategy=strategy, **options)
+    if space is not None:
+        rows, ids = (n + n // 8 for n in (space.num_rows, int(space.tokens.unique().numel())))
+        ways["captured"] = TokenizedAttention(
+            args.batch, length, 1, table, strategy="owner", row_bound=rows, id_bound=ids, **options
         )
     return ways
 
@@ -130,54 +138,53 @@ def measure(
 ) -> dict[str, float]:
     """One row per way; milliseconds of each."""
     device, dtype = group.device, getattr(torch, args.dtype)
-    ways = build(args, group, length, dtype)
+    tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=group.rank)
+    lengths = torch.full((args.batch,), length, device=device)
+    space = UniqueSpace.from_padded(tokens, lengths)
+    ways = build(args, group, length, dtype, space if group.size == 1 else None)
     table = ways["owner"].embedding_fn
     assert isinstance(table, Rows)
-    tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=group.rank)
     targets = zipf_tokens(args.batch, args.targets, args.vocab, args.alpha, device, seed=1000 + group.rank)
-    lengths = torch.full((args.batch,), length, device=device)
     grad = torch.randn(args.batch, args.targets, args.dim, device=device).to(dtype)
-    batch = table, tokens, lengths, targets, grad
 
+    def work(model: nn.Module) -> Callable[[], Tensor]:
+        return lambda: step(model, table, tokens, lengths, targets, grad)
+
+    runs = {name: work(model) for name, model in ways.items()}
+    if "captured" in runs and device.type == "cuda":
+        runs["captured"] = captured(runs["captured"])
     outs, sent, calls, peak, busy = {}, {}, {}, {}, {}
-    for name, model in ways.items():
-        outs[name] = step(model, *batch)
+    for name, run in runs.items():
+        outs[name] = run()
         group.traffic.reset()
         held = 0
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        step(model, *batch)
+        run()
         sent[name], calls[name] = group.traffic.total_bytes(), group.traffic.total_calls()
         peak[name] = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
-        busy[name] = device_ms(lambda model=model: step(model, *batch), device)  # type: ignore[misc]
+        busy[name] = device_ms(run, device)
     largest = outs["dense"].abs().max()
     for name, out in outs.items():
         error = float((out - outs["dense"]).abs().max() / largest)
         if not error <= TOLERANCE[dtype]:
             raise SystemExit(f"{name} differs from dense by {error:.1e} of the largest output")
 
-    def work(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            step(model, *batch)
-
-        return run
-
-    times = median_ms({name: work(model) for name, model in ways.items()}, args.rounds, device)
-    space = UniqueSpace.from_padded(tokens, lengths)
+    times = median_ms(runs, args.rounds, device)
     ids, row = int(space.tokens.unique().numel()), args.dim * dtype.itemsize
     floor = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
     for name in ways:
-        memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak["dense"] else "-"
-        against = f"{times[name] / floor:.1f}" if name == "owner" else ""
+        memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak[name] else "-"
+        against = f"{times[name] / floor:.1f}" if name in ("owner", "captured") else ""
         speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against}"
         say(f"| {group.size} | {length} | {name} | {speed} | {calls[name]} | {sent[name] / 2**20:.4g} | {memory} |")
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The arguments that size a step."""
     parser.add_argument("--batch", type=int, default=256, help="samples per rank")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--vocab", type=int, default=4_000_000)
@@ -186,8 +193,10 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--targets", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+
+
+def start() -> tuple[torch.device, int, bool]:
+    """Join the process group that torchrun describes, if it does: this rank's device, the number of ranks, whether it is the first."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
         if cuda:
@@ -196,7 +205,15 @@ def main() -> None:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=mine)
     world = dist.get_world_size() if dist.is_initialized() else 1
     first = not dist.is_initialized() or dist.get_rank() == 0
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), world, first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    device, world, first = start()
 
     def say(line: str) -> None:
         if first:

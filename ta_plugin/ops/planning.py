@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.ops.registry import Operator
@@ -68,68 +69,82 @@ def unique_rows(tokens: Tensor, extents: Tensor) -> UniqueRows:
 
 
 def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """As the compiled operator, which returns the same numbers with room to spare; these are as long as what was found."""
-    padded = tokens.dim() == 2
+    """As the compiled operator: the same sizes, and nothing visits the host.
+
+    With a number of `rows`, packed tokens may end before their slots do: bounds[-1] <= M.
+    """
+    padded, slots, device = tokens.dim() == 2, tokens.numel(), tokens.device
     lengths = extents if padded else extents.diff()
-    none = lengths.numel() == 0
-    lowest, highest = (0, 0) if none else (int(lengths.min()), int(lengths.max()))
-    ends = padded or (int(extents[0]), int(extents[-1])) == (0, tokens.numel())
-    well_formed = ends and lowest >= 0 and (not padded or highest <= tokens.shape[1])
-    lengths = lengths if well_formed else torch.zeros_like(lengths)
+    lowest, highest = torch.aminmax(lengths) if lengths.numel() else (tokens.new_zeros(()), tokens.new_zeros(()))
+    well_formed = (lowest >= 0) & (highest <= tokens.shape[1]) if padded else (lowest >= 0) & (extents[0] == 0)
+    if not padded:
+        well_formed = well_formed & (extents[-1] == slots if rows < 0 else extents[-1] <= slots)
+    lengths = lengths * well_formed
     bounds = tokens.new_zeros(lengths.numel() + 1)
     torch.cumsum(lengths, 0, out=bounds[1:])
+    place = torch.arange(slots, device=device)
 
+    # slots in the order of (sample, token, position), and which of them begin a token
     if (
         padded
     ):  # one sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order
         batch, length = tokens.shape
-        valid = torch.arange(length, device=tokens.device) < lengths[:, None]
-        slots = valid.reshape(-1).nonzero().squeeze(1)
-        keys, rank_to_position = tokens.masked_fill(~valid, _NO_TOKEN).sort(dim=1, stable=True)
-        order = (rank_to_position + bounds[:-1, None]).reshape(-1)[slots]
-        starts = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-        starts[:, 1:] = keys[:, 1:] != keys[:, :-1]
-        tokens, starts = tokens.reshape(-1)[slots], starts.reshape(-1)[slots]
+        inside = torch.arange(length, device=device)
+        valid = inside < lengths[:, None]
+        keys, order = tokens.masked_fill(~valid, _NO_TOKEN).sort(dim=1, stable=True)
+        order = (order + length * torch.arange(batch, device=device)[:, None]).view(-1)
+        starts = valid.clone()
+        starts[:, 1:] &= keys[:, 1:] != keys[:, :-1]
+        starts, sample_ends = starts.view(-1), length * torch.arange(batch + 1, device=device)
+        occurrence = torch.where(valid, bounds[:-1, None] + inside, slots).view(-1)
     else:
-        slots = tokens.new_empty(0)
-        tokens = tokens if well_formed else tokens[:0]
-        keys, order = tokens.sort(stable=True)
+        order = tokens.argsort(stable=True)
         starts = torch.ones_like(tokens, dtype=torch.bool)
-        if bounds.numel() == 2:
-            starts[1:] = keys[1:] != keys[:-1]
-        else:  # a second stable sort brings samples together and keeps each one's tokens sorted
-            samples = torch.repeat_interleave(lengths, output_size=tokens.numel())
-            keys_sample, by_sample = samples[order].sort(stable=True)
-            keys, order = keys[by_sample], order[by_sample]
-            starts[1:] = (keys[1:] != keys[:-1]) | (keys_sample[1:] != keys_sample[:-1])
-    found = _number(tokens, order, starts, bounds)
-    sizes = [tokens.numel(), found[0].numel(), lowest, highest, int(well_formed)]
-    return *found, slots, torch.tensor(sizes, device=tokens.device)
+        starts[1:] = tokens[order[1:]] != tokens[order[:-1]]
+        if (
+            bounds.numel() > 2 or rows >= 0
+        ):  # a second stable sort brings samples together and keeps each one's tokens sorted
+            sample = torch.bucketize(place, bounds[1:], right=True)
+            order = order[sample[order].argsort(stable=True)]
+            starts[1:] = (tokens[order[1:]] != tokens[order[:-1]]) | (sample[order[1:]] != sample[order[:-1]])
+        valid = place < bounds[-1]
+        starts, sample_ends = starts & valid, bounds
+        occurrence = torch.where(valid, place, slots)
+    found, num_rows = _number(tokens.reshape(-1), order, starts, occurrence, slots if rows < 0 else rows)
+    distinct, counts, inverse, by_row, offsets, rows_before = found
+    grid = _placed(slots, occurrence, place) if padded else tokens.new_empty(0)
+    sizes = torch.stack([bounds[-1], num_rows, lowest, highest, well_formed.long()])
+    return distinct, rows_before[sample_ends].int(), counts, bounds, inverse, by_row, offsets, grid, sizes
 
 
-def _number(tokens: Tensor, order: Tensor, starts: Tensor, bounds: Tensor) -> tuple[Tensor, ...]:
-    """From occurrences (M,) `order`ed by (sample, token, position), `starts` marking the first of each token."""
-    members = tokens.numel()
-    begin = starts.nonzero().squeeze(1)
-    rows = begin.numel()
-    group = starts.cumsum(0) - 1
-    first = order[begin]
-    is_first = torch.zeros(members, dtype=torch.bool, device=tokens.device)
-    is_first[first] = True
-    rows_before = torch.zeros(members + 1, dtype=torch.int64, device=tokens.device)
-    torch.cumsum(is_first, 0, out=rows_before[1:])
-    row_of_group = rows_before[first]  # first-occurrence order: the rows that begin earlier
+def _number(
+    tokens: Tensor, order: Tensor, starts: Tensor, occurrence: Tensor, rows: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Rows by first occurrence, from slots (S,) `order`ed by (sample, token, position), `starts` marking the first of each token.
 
-    sizes = torch.diff(begin, append=begin.new_tensor([members]))
-    counts = torch.empty_like(sizes)
-    counts[row_of_group] = sizes
-    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=tokens.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    row = row_of_group[group]
-    inverse, by_row = torch.empty_like(order), torch.empty_like(order)
-    inverse[order] = row
-    by_row[offsets[row] + torch.arange(members, device=tokens.device) - begin[group]] = order
-    return tokens[is_first], rows_before[bounds].int(), counts, bounds, inverse, by_row, offsets
+    occurrence: (S,) of each slot, S where there is none; occurrences also lie so among the ordered ones
+    """
+    slots = tokens.numel()
+    last = max(slots, rows)  # one place more than there can be rows, for what belongs to none
+    is_first = torch.empty_like(starts)
+    is_first[order] = starts
+    rows_before = F.pad(is_first.cumsum(0), (1, 0))
+    begin = torch.where(starts, torch.arange(slots, device=tokens.device), 0).cummax(0).values
+    row = torch.where(
+        occurrence < slots, rows_before[order[begin]], last
+    )  # first-occurrence order: the rows that begin earlier
+    counts = tokens.new_zeros(last + 1).scatter_add_(0, row, torch.ones_like(row))[:last]
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    within = torch.where(row < last, offsets[row] + occurrence - occurrence[begin], slots)
+    distinct = _placed(last, torch.where(is_first, rows_before[:-1], last), tokens)
+    inverse = _placed(slots, occurrence[order], torch.where(row < last, row, 0))
+    by_row = _placed(slots, within, occurrence[order])
+    return (distinct[:rows], counts[:rows], inverse, by_row, offsets[: rows + 1], rows_before), rows_before[-1]
+
+
+def _placed(size: int, where: Tensor, values: Tensor) -> Tensor:
+    """(size,) int64 with each value in its place and 0 elsewhere; a place of `size` drops it."""
+    return values.new_zeros(size + 1).scatter_(0, where, values)[:size]
 
 
 def _unique_like(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ...]:

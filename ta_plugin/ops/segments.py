@@ -22,7 +22,7 @@ class Segments:
 
     index:   (M,) int64, the segment of each member
     order:   (M,) int64, members sorted by segment, ascending within one
-    offsets: (U + 1,) int64, where each segment starts in `order`
+    offsets: (U + 1,) int64, where each segment starts in `order`; members from offsets[U] on belong to none, and point anywhere
     """
 
     index: Tensor
@@ -83,8 +83,9 @@ def _sum_in_torch(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor)
         return values.new_zeros(segments, *values.shape[1:])
     flat = values.reshape(values.shape[0], -1)
     # embedding_bag gathers and sums in one pass, each output element by one thread in member order
-    summed = F.embedding_bag(order, flat, offsets, mode="sum", include_last_offset=True)
-    return summed.reshape(segments, *values.shape[1:])
+    ends = F.pad(offsets, (0, 1), value=order.shape[0])  # one bag more, for members of no segment
+    summed = F.embedding_bag(order, flat, ends, mode="sum", include_last_offset=True)
+    return summed[:segments].reshape(segments, *values.shape[1:])
 
 
 def _expand_in_torch(rows: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
@@ -92,7 +93,10 @@ def _expand_in_torch(rows: Tensor, index: Tensor, order: Tensor, offsets: Tensor
 
 
 def _logsumexp_in_torch(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    spread = index.view(-1, *([1] * (values.dim() - 1))).expand_as(values)
+    per_member = [-1, *([1] * (values.dim() - 1))]
+    spread = index.view(per_member).expand_as(values)
+    of_none = torch.arange(index.shape[0], device=index.device) >= offsets[-1]
+    values = values.masked_fill(of_none.view(per_member), -torch.inf)
     peak = values.new_full((offsets.shape[0] - 1, *values.shape[1:]), -torch.inf)
     peak = peak.scatter_reduce(0, spread, values, "amax")  # a maximum does not depend on order
     shift = peak.masked_fill(peak == -torch.inf, 0.0)

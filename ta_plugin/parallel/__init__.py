@@ -1,6 +1,12 @@
 """Process groups, and collectives that autograd can pass through."""
 
-from ta_plugin.parallel.collectives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from ta_plugin.parallel.collectives import (
+    all_gather_rows,
+    all_to_all_rows,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+    start_all_to_all_rows,
+)
 from ta_plugin.parallel.dense import average_gradients
 from ta_plugin.parallel.groups import SSPGroup, create_ssp_group
 from ta_plugin.parallel.header import exchange_header
@@ -17,4 +23,6 @@ __all__ = [
     "create_ssp_group",
     "exchange_header",
     "reduce_scatter_rows",
+    "start_all_gather_rows",
+    "start_all_to_all_rows",
 ]

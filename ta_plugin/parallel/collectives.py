@@ -2,17 +2,21 @@
 
 Sums over ranks are taken in rank order after an all-to-all, so that results repeat bit for bit; backends that reduce
 inside the collective do not promise that.
+
+What `start_...` begins runs beside what the caller computes until `arrive`, and its gradient's way back beside what ran in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ta_plugin.parallel.groups import SSPGroup
 
@@ -41,9 +45,77 @@ def reduce_scatter_rows(x: Tensor, rows: Sequence[int], group: SSPGroup, name: s
     return _ReduceScatter.apply(x, list(rows), group, name)
 
 
-def gather_single(gathered: Tensor, x: Tensor, group: dist.ProcessGroup | None) -> None:
+class Moving:
+    """Rows on their way: a collective that has started, and is waited for where its rows are used, forward and backward.
+
+    Two autograd nodes, as in `Hop`: autograd runs nodes in the reverse order of their creation, so that backward the node of `arrive`
+    starts the way back, what the caller computed in between runs backward, and the first node waits. Gradients of first order only.
+    """
+
+    def __init__(
+        self, x: Tensor, there: Callable[[Tensor], _InFlight], back: Callable[[Tensor], _InFlight], parts: int = 1
+    ) -> None:
+        """`parts`: how many gradients of x come back, to be added up."""
+        self._there, self._back, self._parts = there, back, parts
+        self._flight: _InFlight | None = None
+        self._anchor: Tensor | None = _Depart.apply(self, x)
+
+    def arrive(self) -> Tensor:
+        """The rows, once they are here; to be called once."""
+        anchor, self._anchor = self._anchor, None  # kept, it would keep the graph that keeps it
+        rows: Tensor = _Arrive.apply(self, anchor)
+        return rows
+
+    def _landed(self) -> Tensor:
+        flight, self._flight = self._flight, None
+        assert flight is not None
+        return flight.wait()
+
+
+class Arrived:
+    """Rows that had no way to go, in place of `Moving`."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def arrive(self) -> Tensor:
+        return self._rows
+
+
+def start_all_to_all_rows(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: SSPGroup, name: str
+) -> Moving | Arrived:
+    """`all_to_all_rows`, whose rows `arrive` returns."""
+    if group.size == 1:
+        return Arrived(x)
+    out, back = list(send), list(receive)
+    return Moving(
+        x,
+        lambda rows: _exchange(rows, out, back, group, name, later=True),
+        lambda grad: _exchange(grad, back, out, group, name + ".grad", later=True),
+    )
+
+
+def start_all_gather_rows(x: Tensor, rows: Sequence[int], group: SSPGroup, name: str) -> Moving | Arrived:
+    """`all_gather_rows`, whose rows `arrive` returns."""
+    if group.size == 1:
+        return Arrived(x)
+    counts, mine = list(rows), [rows[group.rank]] * group.size
+    return Moving(
+        x,
+        lambda part: _gather(part, counts, group, name, later=True),
+        lambda grad: _exchange(grad, counts, mine, group, name + ".grad", later=True),
+        group.size,
+    )
+
+
+def gather_single(
+    gathered: Tensor, x: Tensor, group: dist.ProcessGroup | None, later: bool = False
+) -> dist.Work | None:
     """Equal parts x of every rank into `gathered`, by the name this torch has for it (renamed in 2.13)."""
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(gathered, x, group=group)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    work: dist.Work | None = gather(gathered, x, group=group, async_op=later)
+    return work
 
 
 @contextmanager
@@ -59,36 +131,87 @@ def explained(name: str, group: SSPGroup) -> Iterator[None]:
         raise
 
 
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: SSPGroup, name: str) -> Tensor:
-    received = x.new_empty(sum(receive), *x.shape[1:])
+@dataclass(frozen=True)
+class _InFlight:
+    """A collective that runs: what it fills, what it reads, and the work to wait for, None if that was waited for."""
+
+    received: Tensor
+    sent: Tensor
+    work: dist.Work | None
+    group: SSPGroup
+    name: str
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            with explained(self.name, self.group):
+                self.work.wait()
+        return self.received
+
+
+def _exchange(
+    x: Tensor, send: list[int], receive: list[int], group: SSPGroup, name: str, later: bool = False
+) -> _InFlight:
+    sent, received = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
     with explained(name, group):
-        dist.all_to_all_single(received, x.contiguous(), receive, send, group=group.group)
+        work = dist.all_to_all_single(received, sent, receive, send, group=group.group, async_op=later)
     group.traffic.record(name, x, sum(send) - send[group.rank])
-    return received
+    return _InFlight(received, sent, work, group, name)
 
 
-def _gather(x: Tensor, rows: list[int], group: SSPGroup, name: str) -> Tensor:
+def _gather(x: Tensor, rows: list[int], group: SSPGroup, name: str, later: bool = False) -> _InFlight:
     if min(rows) == max(rows):
-        gathered = x.new_empty(sum(rows), *x.shape[1:])
+        sent, gathered = x.contiguous(), x.new_empty(sum(rows), *x.shape[1:])
         with explained(name, group):
-            gather_single(gathered, x.contiguous(), group.group)
+            work = gather_single(gathered, sent, group.group, later)
         group.traffic.record(name, x, (group.size - 1) * x.shape[0])
-        return gathered
+        return _InFlight(gathered, sent, work, group, name)
     # uneven: an all-to-all that sends the same rows to everybody moves no padding
     everyone = x.repeat(group.size, *([1] * (x.dim() - 1)))
-    return _exchange(everyone, [x.shape[0]] * group.size, rows, group, name)
+    return _exchange(everyone, [x.shape[0]] * group.size, rows, group, name, later)
+
+
+def _sum_of_parts(rows: Tensor, parts: int) -> Tensor:
+    """In order."""
+    return rows.view(parts, rows.shape[0] // parts, *rows.shape[1:]).sum(0)
 
 
 def _scatter_sum(x: Tensor, rows: list[int], group: SSPGroup, name: str) -> Tensor:
-    mine = rows[group.rank]
-    return _exchange(x, rows, [mine] * group.size, group, name).view(group.size, mine, *x.shape[1:]).sum(0)
+    parts = _exchange(x, rows, [rows[group.rank]] * group.size, group, name).wait()
+    return _sum_of_parts(parts, group.size)
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, moving: Moving, x: Tensor) -> Tensor:
+        ctx.moving = moving
+        moving._flight = moving._there(x)
+        return x.new_empty(0)  # ties the two nodes together; what counts travels in `moving`
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
+        returned, parts = ctx.moving._landed(), ctx.moving._parts
+        return None, returned if parts == 1 else _sum_of_parts(returned, parts)
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, moving: Moving, anchor: Tensor) -> Tensor:
+        ctx.moving = moving
+        return moving._landed()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        ctx.moving._flight = ctx.moving._back(grad)
+        return None, grad.new_empty(0)
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: SSPGroup, name: str) -> Tensor:
         ctx.transpose = (receive, send, group, name + ".grad")
-        return _exchange(x, send, receive, group, name)
+        return _exchange(x, send, receive, group, name).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -99,7 +222,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: list[int], group: SSPGroup, name: str) -> Tensor:
         ctx.transpose = (rows, group, name + ".grad")
-        return _gather(x, rows, group, name)
+        return _gather(x, rows, group, name).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -18,7 +18,7 @@ def gather(request: Request, modules: AttentionModules) -> Tensor:
     occurrences that does not deduplicate what it fetches.
     """
     space, projections, scoring = request.space, modules.projections, modules.scoring
-    table, segments = fetch(space.tokens, modules, "history", request.deduplicate)
+    table, segments = fetch(space.tokens, modules, "history", request.deduplicate, space.end)
     of_rows = segments if request.encode is None else None
     if request.encode is not None:
         table = request.encode(expand(table, segments), space)

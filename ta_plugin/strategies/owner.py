@@ -9,7 +9,13 @@ from torch import Tensor
 from ta_plugin.attention.layers import PackedTargets, with_own_key
 from ta_plugin.attention.sides import RowWeights, Sides
 from ta_plugin.embedding import embed_owned, owners_of
-from ta_plugin.parallel import SSPGroup, all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from ta_plugin.parallel import (
+    SSPGroup,
+    all_gather_rows,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+    start_all_to_all_rows,
+)
 from ta_plugin.routing import Route, rfc_positions
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
@@ -27,6 +33,7 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     projections, group = modules.projections, modules.group
     rows = request.target_rows(modules)
     q = projections.queries(rows)
+    queries = start_all_gather_rows(q, request.query_counts, group, "queries")  # needs nothing of what is done for keys
     everybody, order = _all_targets(request, group), None
     targets = everybody
     if request.shared:
@@ -39,7 +46,7 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
         if order is not None:
             every_cutoff = targets.unpack(everybody.pack(every_cutoff)[order])
         cutoffs = Cutoffs(every_cutoff, owned_positions, sides)
-    q_all = all_gather_rows(q, request.query_counts, group, "queries")
+    q_all = queries.arrive()
     if order is not None:
         q_all = q_all.index_select(0, order)
     out, lse = attend_targets(modules, q_all, targets, keys, cutoffs)
@@ -126,7 +133,7 @@ def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: Attent
 
 
 def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules) -> Keys:
-    distinct = UniqueSpace.from_packed(space.tokens)  # again across ranks: each owned id is looked up once
+    distinct = modules.distinct(space.tokens, space.end)  # again across ranks: each owned id is looked up once
     return Keys(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments, space, weights)
 
 
@@ -158,6 +165,10 @@ def _return_partials(
     if lse is None:
         return reduce_scatter_rows(out, counts, group, "partials"), None
     mine = [counts[group.rank]] * group.size
-    outs = all_to_all_rows(out, counts, mine, group, "partials").view(group.size, mine[0], *out.shape[1:])
-    lses = all_to_all_rows(lse, counts, mine, group, "partials.lse").view(group.size, mine[0], lse.shape[1])
-    return modules.scoring.combine(outs, lses)
+    sent = [
+        start_all_to_all_rows(x, counts, mine, group, name) for x, name in ((out, "partials"), (lse, "partials.lse"))
+    ]
+    outs, lses = (x.arrive() for x in sent)
+    return modules.scoring.combine(
+        outs.view(group.size, mine[0], *out.shape[1:]), lses.view(group.size, mine[0], lse.shape[1])
+    )

@@ -105,10 +105,21 @@ def _attend(
             scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
             max_seqlen_q=targets.width, return_lse=True,
         )  # fmt: skip
+    if space.found is not None and q.is_cuda:
+        raise ValueError(
+            "row_bound is given, but the sizes would visit the host: no kernel of target_attention covers the call "
+            f"({choose_target(None, q, k_table, v_table, scoring.activation).reason}; no score module, backend or value term)"
+        )
     k = keys.spread(k_table)
     v = k if v_table is None else keys.spread(v_table)
     if cutoffs is None:
-        return attend_rows(scoring, q, targets.cu_seqlens, k, v, keys.weights, space.cu_seqlens)
+        weights = keys.weights
+        if (
+            space.end is not None and weights.weight is not None
+        ):  # on the CPU, where nothing is captured: without the spare rows
+            rows = int(space.end)
+            k, v, weights = k[:rows], v[:rows], RowWeights(weights.weight[:rows], None)
+        return attend_rows(scoring, q, targets.cu_seqlens, k, v, weights, space.cu_seqlens)
     return attend_before(scoring, q, targets, cutoffs.cutoffs, k, v, space, cutoffs.sides, cutoffs.positions)
 
 

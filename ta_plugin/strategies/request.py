@@ -12,6 +12,7 @@ from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
+from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import EmbeddingFn, embed_owned, lookup, owners_of
 from ta_plugin.ops import Segments, expand
 from ta_plugin.parallel import SSPGroup
@@ -25,7 +26,7 @@ Encoder = Callable[[Tensor, Any], Tensor]
 
 @dataclass(frozen=True)
 class AttentionModules:
-    """What an attention call is made with on every rank: group, embedding, projections, scoring, rates."""
+    """What an attention call is made with on every rank: group, embedding, projections, scoring, rates, bounds on its sizes."""
 
     group: SSPGroup
     embedding_fn: EmbeddingFn
@@ -33,6 +34,11 @@ class AttentionModules:
     scoring: Scoring
     include_self: bool = False
     rates: Rates | None = None
+    bounds: Bounds | None = None
+
+    def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
+        """The distinct ones of ids (n,), of the rows before `UniqueSpace.end`."""
+        return UniqueSpace.from_packed(ids) if self.bounds is None else self.bounds.distinct(ids, end)
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,15 @@ def in_multiples(encode: Encoder, multiple: int) -> Encoder:
     return padded
 
 
-def fetch(ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool = True) -> tuple[Tensor, Segments]:
+def fetch(
+    ids: Tensor, modules: AttentionModules, name: str, deduplicate: bool = True, end: Tensor | None = None
+) -> tuple[Tensor, Segments]:
     """Embeddings of ids (n,): distinct rows (I, E), each travelling once from its owner, and the row of each id.
 
-    Without `deduplicate` every id fetches a row of its own. Collective, forward and backward.
+    `end` is that of the space whose tokens they are. Without `deduplicate` every id fetches a row of its own. Collective, forward and
+    backward.
     """
-    ids_space = UniqueSpace.from_packed(ids) if deduplicate else UniqueSpace.of_occurrences(ids)
+    ids_space = modules.distinct(ids, end) if deduplicate else UniqueSpace.of_occurrences(ids)
     group, owners = modules.group, owners_of(modules.embedding_fn, modules.group.size)
     if group.size == 1 and deduplicate:
         return embed_owned(ids_space.tokens, modules.embedding_fn), ids_space.segments

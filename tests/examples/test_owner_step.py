@@ -23,7 +23,8 @@ def test_two_ranks_print_every_way_and_weak_scaling() -> None:
     line = r"^\| (\d+) \| 48 \| (\w+) \|(?:[^|]*\|){5} (\d+) \| ([\d.e-]+) \|"
     found = {(int(n), way): (int(calls), float(mib)) for n, way, calls, mib in re.findall(line, done.stdout, re.M)}
     sent = {key: mib for key, (_, mib) in found.items()}
-    assert sent.keys() == {(n, way) for n in (1, 2) for way in ("dense", "unique", "owner")}, done.stdout
+    ways = {(n, way) for n in (1, 2) for way in ("dense", "unique", "owner")} | {(1, "captured")}
+    assert sent.keys() == ways, done.stdout
     assert all(sent[1, way] == 0 for way in ("dense", "unique", "owner"))
     assert all((calls > 0) == (ranks > 1) for (ranks, _), (calls, _) in found.items())
     assert 0 < sent[2, "unique"] < sent[2, "dense"] and sent[2, "owner"] > 0

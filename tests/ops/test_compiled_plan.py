@@ -137,6 +137,10 @@ def test_a_number_of_rows_bounds_the_outputs(device: str, compiled: Ops, packed:
     assert found["offsets"].tolist() == [0, 2, 3, 4, 5, 5, 5]  # rows past the last are empty segments
     spare = [0] * (tokens.numel() - 5)
     assert found["inverse"].tolist() == [0, 0, 1, 2, 3, *spare]
+    if packed:  # what lies past the last bound is left out
+        part = dict(zip(NAMES, compiled("unique")(tokens, torch.tensor([0, 2, 3], device=device), 6), strict=True))
+        assert part["sizes"].tolist() == [3, 2, 1, 2, 1]
+        assert part["order"].tolist() == [0, 1, 2, 0, 0] and part["offsets"].tolist() == [0, 2, 3, 3, 3, 3, 3]
     small = dict(zip(NAMES, compiled("unique")(tokens, extents, 3), strict=True))
     assert small["sizes"][1] == 4  # says that they did not fit
     assert small["distinct"].tolist() == [5, 9, 9] and small["counts"].tolist() == [2, 1, 1]
@@ -147,11 +151,11 @@ def test_a_number_of_rows_bounds_the_outputs(device: str, compiled: Ops, packed:
     [
         (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([3, 4])),
         (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([-1, 3])),
-        (torch.zeros(6, dtype=torch.int64), torch.tensor([0, 3, 5])),
+        (torch.zeros(6, dtype=torch.int64), torch.tensor([0, 3, 7])),
         (torch.zeros(6, dtype=torch.int64), torch.tensor([1, 3, 6])),
         (torch.zeros(6, dtype=torch.int64), torch.tensor([0, 4, 3, 6])),
     ],
-    ids=["too long", "negative", "ends early", "starts late", "falls"],
+    ids=["too long", "negative", "ends late", "starts late", "falls"],
 )
 def test_malformed_extents_find_nothing_and_say_so(device: str, compiled: Ops, tokens: Tensor, extents: Tensor) -> None:
     found = dict(zip(NAMES, compiled("unique")(tokens.to(device), extents.to(device), 6), strict=True))

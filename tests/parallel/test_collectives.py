@@ -10,7 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ta_plugin import SSPGroup
-from ta_plugin.parallel import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from ta_plugin.parallel import (
+    all_gather_rows,
+    all_to_all_rows,
+    reduce_scatter_rows,
+    start_all_gather_rows,
+    start_all_to_all_rows,
+)
 
 SENDS = {  # SENDS[ranks][source][destination]
     2: [[2, 3], [0, 1]],
@@ -77,6 +83,72 @@ def check_gather_and_scatter(rows: list[int]) -> None:
     assert group.traffic.elements["scatter.grad"] == (n - 1) * rows[me] * 6
 
 
+def check_moving(rows: list[int], sends: list[list[int]]) -> None:
+    """What was started arrives as if it had been waited for at once, gradients too, and counts as much traffic."""
+    waited, moving = SSPGroup(dist.group.WORLD), SSPGroup(dist.group.WORLD)
+    me, n = waited.rank, waited.size
+    receive = [sends[source][me] for source in range(n)]
+    results = []
+    for group, later in ((waited, False), (moving, True)):
+        part, sent = random_rows(rows[me], me).requires_grad_(), random_rows(sum(sends[me]), 9 + me).requires_grad_()
+        ids = torch.arange(sum(sends[me])) + 100 * me
+        if later:
+            flights = [start_all_gather_rows(part, rows, group, "gather")]
+            flights += [start_all_to_all_rows(x, sends[me], receive, group, "exchange") for x in (sent, ids)]
+            arrived = [flight.arrive() for flight in flights]
+        else:
+            exchanged = [all_to_all_rows(x, sends[me], receive, group, "exchange") for x in (sent, ids)]
+            arrived = [all_gather_rows(part, rows, group, "gather"), *exchanged]
+        assert not arrived[2].requires_grad
+        (arrived[0].sin().sum() * (1 + me) + arrived[1].square().sum()).backward()
+        results.append([*arrived, part.grad, sent.grad])
+    for ours, exact in zip(results[1], results[0], strict=True):
+        assert torch.equal(ours, exact)  # type: ignore[arg-type]
+    assert moving.traffic.elements == waited.traffic.elements
+
+
+class Between(torch.autograd.Function):
+    """Says when it runs, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: list[str]) -> Tensor:
+        ctx.log = log
+        log.append("between")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.log.append("between")
+        return grad, None
+
+
+def log_of_a_transfer() -> list[str]:
+    group, log, original = SSPGroup(dist.group.WORLD), [], dist.all_to_all_single
+
+    class Logged:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            log.append("wait")
+            self.work.wait()
+
+    def logged(*args: Any, **named: Any) -> Logged:
+        log.append("start")
+        assert named["async_op"]
+        return Logged(original(*args, **named))
+
+    x, y = (random_rows(2, seed).requires_grad_() for seed in range(2))
+    dist.all_to_all_single = logged
+    try:
+        flight = start_all_to_all_rows(x, [1, 1], [1, 1], group, "x")
+        other = Between.apply(y, log)
+        (flight.arrive() * other).sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    return log
+
+
 def sums_in_rank_order() -> list[Tensor]:
     """float32 sums whose value depends on the order of addition."""
     group = SSPGroup(dist.group.WORLD)
@@ -105,6 +177,16 @@ def test_all_gather_and_reduce_scatter_are_each_others_transpose(rank_pools: Any
         rank_pools(ranks).run(check_gather_and_scatter, rows)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_was_started_arrives(rank_pools: Any, ranks: int) -> None:
+    for rows in (ROWS[ranks], EVEN[ranks]):
+        rank_pools(ranks).run(check_moving, rows, SENDS[ranks])
+
+
+def test_a_transfer_runs_beside_what_lies_between_start_and_arrival_forward_and_backward(rank_pools: Any) -> None:
+    assert rank_pools(2).run(log_of_a_transfer) == [["start", "between", "wait"] * 2] * 2
+
+
 def test_sums_over_ranks_are_taken_in_rank_order(rank_pools: Any) -> None:
     parts = [random_rows(200, r).float() * 10.0 ** (4 * r) for r in range(4)]
     expected = parts[0] + parts[1] + parts[2] + parts[3]
@@ -124,6 +206,8 @@ def test_one_rank_passes_through_and_sends_nothing() -> None:
         all_to_all_rows(x, [2], [2], group, "x"),
         all_gather_rows(x, [2], group, "x"),
         reduce_scatter_rows(x, [2], group, "x"),
+        start_all_to_all_rows(x, [2], [2], group, "x").arrive(),
+        start_all_gather_rows(x, [2], group, "x").arrive(),
     ]
     assert all(out is x for out in outs)
     assert group.traffic.total_bytes() == group.traffic.total_calls() == 0

@@ -1,0 +1,78 @@
+"""A training step in a CUDA graph: captured once, replayed with the inputs of each batch, without the host's share of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ta_plugin.embedding import ShardedTokenEmbedding
+
+
+class CapturedStep:
+    """Calls `step` by replaying it; on the CPU by calling it.
+
+    step:    takes tensors and returns a tensor or a tuple of them; forward, loss and backward, optionally an optimizer that can be
+             captured. Nothing in it may read the device: `TokenizedAttention` does not with `row_bound`
+    modules: whose gradients the step leaves: parameters, and the rows of every `ShardedTokenEmbedding` among them
+    inputs:  an example batch; every call's inputs have these shapes and dtypes
+
+    Constructing runs the step `warm_up` times, and captures it. A call leaves gradients as the step itself would after `zero_grad()`:
+    apply or forget them before the next one. What it returns is overwritten by the next call.
+    """
+
+    def __init__(
+        self, step: Callable[..., Any], modules: Iterable[nn.Module], inputs: Iterable[Tensor], *, warm_up: int = 3
+    ) -> None:
+        parts = [part for module in modules for part in module.modules()]
+        self._step = step
+        self._parameters = list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
+        self._tables = list(dict.fromkeys(part for part in parts if isinstance(part, ShardedTokenEmbedding)))
+        self._inputs = [x.detach().clone() for x in inputs]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if all(x.is_cuda for x in self._inputs):
+            self._capture(warm_up)
+
+    def _capture(self, warm_up: int) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                self._step(*self._inputs)
+                self._forget()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = self._step(*self._inputs)
+        self._gradients = [p.grad for p in self._parameters]
+        self._rows = [table.take_recorded() for table in self._tables]
+        self._forget()
+
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        for table in self._tables:
+            table.zero_grad()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What `step(*inputs)` returns."""
+        given, wanted = ([(tuple(x.shape), x.dtype) for x in each] for each in (inputs, self._inputs))
+        if given != wanted:
+            raise ValueError(f"inputs are {given}; pass the shapes and dtypes that were captured, {wanted}")
+        if self._graph is None:
+            return self._step(*inputs)
+        if any(table.holds_gradients for table in self._tables):
+            raise RuntimeError(
+                "a table still holds the gradients of the last call; run its step() or zero_grad() first"
+            )
+        for own, x in zip(self._inputs, inputs, strict=True):
+            own.copy_(x)
+        self._graph.replay()
+        for parameter, grad in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = grad
+        for table, recorded in zip(self._tables, self._rows, strict=True):
+            for rows, grad in recorded:
+                table.record(rows, grad)
+        return self._outputs

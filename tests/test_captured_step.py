@@ -1,0 +1,96 @@
+"""CapturedStep: replays give what the step itself gives on every batch, gradients of parameters and of table rows included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ta_plugin import CapturedStep, ShardedTokenEmbedding, SSPGroup, TokenizedAttention
+
+B, L, T, V, D = 5, 40, 3, 500, 32
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def build(
+    device: str, dtype: torch.dtype, row_bound: int | None
+) -> tuple[TokenizedAttention, ShardedTokenEmbedding, Callable[..., Tensor]]:
+    """A model, its table and the step to capture."""
+    torch.manual_seed(1)
+    table = ShardedTokenEmbedding(V, D, device=device, dtype=dtype)
+    maps = {name: nn.Linear(D, D, device=device, dtype=dtype) for name in ("query", "key", "value")}
+    group = SSPGroup(None, device=device)
+    model = TokenizedAttention(
+        B, L, 1, table, group=group, num_heads=2, strategy="owner", row_bound=row_bound, id_bound=row_bound, **maps
+    )
+
+    def step(tokens: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+        out = model(tokens, lengths, targets=targets)
+        loss = out.float().square().sum() + out.float().sum()
+        loss.backward()
+        return torch.cat([out.detach().float().flatten(), loss.detach().reshape(1)])
+
+    return model, table, step
+
+
+def batch(seed: int, device: str) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, L + 1, (B,), generator=g)
+    grids = (torch.randint(0, V, (B, n), generator=g) for n in (L, T))
+    tokens, targets = (x.to(device) for x in grids)
+    return [tokens, lengths.to(device), targets]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_equal_the_step(device: str, dtype: torch.dtype) -> None:
+    eager, eager_table, step = build(device, dtype, None)
+    model, table, bounded = build(device, dtype, B * L)
+    captured = CapturedStep(bounded, [model], batch(0, device))
+    for seed in range(1, 5):  # the rows of the last step are trained on
+        inputs = batch(seed, device)
+        eager.zero_grad()
+        model.zero_grad()  # gradients set to None come back
+        expected, found = step(*inputs), captured(*inputs)
+        assert torch.equal(found, expected)
+        for ours, exact in zip(model.parameters(), eager.parameters(), strict=True):
+            assert ours.grad is not None and torch.equal(ours.grad, exact.grad)
+        for each in (table, eager_table):
+            each.step()
+        assert torch.equal(table.rows, eager_table.rows)
+    model.check_bounds()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replay_that_does_not_fit_gives_nan_and_is_reported() -> None:
+    model, table, bounded = build("cuda", torch.float32, 30)
+    captured = CapturedStep(bounded, [model], batch(0, "cuda"))
+    tokens, _, targets = batch(1, "cuda")
+    full, short = (torch.full((B,), n, device="cuda") for n in (L, 3))
+    assert bool(captured(tokens, full, targets).isnan().all())
+    table.zero_grad()
+    assert bool(captured(tokens, short, targets).isfinite().all())
+    with pytest.raises(ValueError, match=r"distinct rows of a batch reached \d+, outside \[0, 30\]"):
+        model.check_bounds()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_are_not_overwritten_before_they_are_applied() -> None:
+    model, table, bounded = build("cuda", torch.float32, B * L)
+    captured = CapturedStep(bounded, [model], batch(0, "cuda"))
+    captured(*batch(1, "cuda"))
+    with pytest.raises(RuntimeError, match=r"run its step\(\) or zero_grad\(\) first"):
+        captured(*batch(2, "cuda"))
+    table.step()
+    captured(*batch(2, "cuda"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_shapes_are_named(device: str) -> None:
+    model, _, bounded = build(device, torch.float32, B * L)
+    captured = CapturedStep(bounded, [model], batch(0, device))
+    tokens, lengths, targets = batch(1, device)
+    with pytest.raises(ValueError, match="pass the shapes and dtypes that were captured"):
+        captured(tokens[:, 1:], lengths, targets)
