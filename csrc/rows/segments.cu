@@ -40,9 +40,8 @@ cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, vo
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (deal.blocks == 1) return cudaSuccess;
   const dim3 adders(deal.lanes, kCombineThreads / deal.lanes);
-  combine_kernel<<<dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
-                   kCombineThreads * sizeof(typename Kernel::Accumulator), stream>>>(k);
-  return cudaGetLastError();
+  return launch_early(combine_kernel<Kernel>, dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
+                      kCombineThreads * sizeof(typename Kernel::Accumulator), stream, k);
 }
 
 template <typename T, template <typename> class State>

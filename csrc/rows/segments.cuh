@@ -4,6 +4,7 @@
 // block it began in, a second launch adds up the blocks'. Which parts there are depends on the segments and the width alone.
 #pragma once
 
+#include "../early.cuh"
 #include "vector.cuh"
 
 namespace rows {
@@ -239,16 +240,27 @@ struct FoldKernel {
     const int last = shared.entries[entry(count - 1)].segment, next = shared.entries[entry(count)].segment;
     if (leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0)
       leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
-    if (!__syncthreads_or(parts.head >= 0 || parts.tail >= 0) || !inside) return;
-    const auto add_heads = [&](Accumulator a, int segment) {
-      for (int g = threadIdx.y + 1; g < blockDim.y && shared.segments[g].head == segment; ++g)
-        a.add(shared.parts[2 * g * blockDim.x + threadIdx.x]);
-      return a;
-    };
-    const Accumulator* mine = shared.parts + 2 * threadIdx.y * blockDim.x + threadIdx.x;
-    if (threadIdx.y == 0 && parts.head >= 0) store_partial(2 * int64_t(blockIdx.x), add_heads(*mine, parts.head));
+    if (!__syncthreads_or(parts.head >= 0 || parts.tail >= 0)) return;
+    // A head becomes the sum of itself and those behind it of the same segment: pairs, then pairs of pairs.
+    const int group = threadIdx.y;
+    const auto head = [&](int g) { return g < int(blockDim.y) ? shared.segments[g].head : -1; };
+    Accumulator* mine = shared.parts + 2 * group * blockDim.x + threadIdx.x;
+    for (int d = 1; d < int(blockDim.y); d *= 2) {
+      const bool more = inside && parts.head >= 0 && head(group + d) == parts.head;
+      Accumulator sum;
+      if (more) {
+        sum = *mine;
+        sum.add(mine[2 * d * blockDim.x]);
+      }
+      if (!__syncthreads_or(more)) break;
+      if (more) *mine = sum;
+      __syncthreads();
+    }
+    if (!inside) return;
+    if (group == 0 && parts.head >= 0) store_partial(2 * int64_t(blockIdx.x), *mine);
     if (parts.tail < 0) return;
-    const Accumulator a = add_heads(mine[blockDim.x], parts.tail);
+    Accumulator a = mine[blockDim.x];
+    if (head(group + 1) == parts.tail) a.add(mine[2 * blockDim.x]);
     if (parts.tail == next)
       store_partial(2 * int64_t(blockIdx.x) + 1, a);
     else
@@ -285,13 +297,14 @@ struct FoldKernel {
       if (many <= kAlone) continue;
       const int64_t share = ceil_div(many, int64_t(blockDim.y)), from = min(threadIdx.y * share, many);
       const int64_t start = int64_t(blockIdx.x) * blockDim.y + y;
-      if (inside) shared[threadIdx.y * blockDim.x + threadIdx.x] = add_up(start, from, min(from + share, many));
+      Accumulator* mine = shared + threadIdx.y * blockDim.x + threadIdx.x;
+      if (inside) *mine = add_up(start, from, min(from + share, many));
       __syncthreads();
-      if (threadIdx.y == 0 && inside) {
-        Accumulator a = shared[threadIdx.x];
-        for (int g = 1; g < ceil_div(many, share); ++g) a.add(shared[g * blockDim.x + threadIdx.x]);
-        finish_hot(leaving[start], a);
+      for (int d = 1; d < blockDim.y; d *= 2) {  // in pairs, then pairs of pairs
+        if (inside && threadIdx.y % (2 * d) == 0) mine->add(mine[d * blockDim.x]);
+        __syncthreads();
       }
+      if (threadIdx.y == 0 && inside) finish_hot(leaving[start], *mine);
       __syncthreads();
     }
   }
@@ -309,6 +322,7 @@ template <class Kernel>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k) {
   __shared__ int64_t counts[kCombineThreads];
   extern __shared__ __align__(16) unsigned char bytes[];
+  wait_for_launch_before();
   k.combine(reinterpret_cast<typename Kernel::Accumulator*>(bytes), counts);
 }
 

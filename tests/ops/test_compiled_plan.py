@@ -34,6 +34,7 @@ def kinds(length: int) -> dict[str, tuple[Tensor, Tensor]]:
         "zipf": (zipf(3, length, 5 * length + 1), torch.tensor([length, max(length - 7, 0), 0])),
         "one hot token": (torch.full((3, length), 2**62), full),
         "all distinct": (torch.arange(3 * length).view(3, length) * 3, full),
+        "rows of 32 and 33": (torch.arange(3 * length).view(3, length) // torch.tensor([[32], [33], [2]]), full),
         "none": (zipf(3, length, 9), torch.zeros(3, dtype=torch.int64)),
     }
 
@@ -96,10 +97,18 @@ def colliding(distinct: int) -> Tensor:
     return torch.tensor(found)
 
 
+def one_fingerprint(distinct: int) -> Tensor:
+    """Ids of one fingerprint (csrc/plan/block.cuh): lower half and scaled upper half cancel."""
+    return torch.tensor([high << 32 | high * 0x9E3779B1 % 2**32 for high in range(distinct)])
+
+
+@pytest.mark.parametrize("ids_of", [colliding, one_fingerprint])
 @pytest.mark.parametrize("length", [900, 3000, 9000])
-def test_ids_whose_hashes_collide(device: str, compiled: Ops, plain: Ops, length: int) -> None:
+def test_ids_whose_hashes_collide(
+    device: str, compiled: Ops, plain: Ops, length: int, ids_of: Callable[[int], Tensor]
+) -> None:
     g = torch.Generator().manual_seed(length)
-    tokens = colliding(length // 2)[torch.randint(0, length // 2, (2, length), generator=g)]
+    tokens = ids_of(length // 2)[torch.randint(0, length // 2, (2, length), generator=g)]
     lengths = torch.tensor([length, length - 1])
     same(compiled("unique")(tokens.to(device), lengths.to(device), -1), plain("unique")(tokens, lengths, -1))
 
