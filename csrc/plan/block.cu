@@ -5,31 +5,15 @@
 namespace plan {
 namespace {
 
-using Short = BlockShape<128, 8, 2048, 8>;
-using Middle = BlockShape<512, 8, 8192, 2>;
-using Long = BlockShape<1024, 16, 24576, 1>;  // 224 KB: what a Hopper block can have
-
-// A launch that may start before the one ahead of it in the stream has ended (Hopper and later); see wait_for_launch_before.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
-                         const Arguments&... arguments) {
-  int device, major;
-  TA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  TA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-}
+using Short = BlockShape<128, 8, 8>;
+using Middle = BlockShape<1024, 4, 2>;
+using Long = BlockShape<1024, 16, 2>;  // 112 KB: half of what a Hopper multiprocessor has
 
 template <class Shape>
 cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
   const auto kernel = block_kernel<Shape>;
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Shape::kBytes)));
-  return launch_early(kernel, unsigned(x.samples), Shape::kBlock, Shape::kBytes, stream, x, out, states);
+  return launch_early(kernel, dim3(unsigned(x.samples)), dim3(Shape::kBlock), Shape::kBytes, stream, x, out, states);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // What both ways to find distinct tokens share: block scans, extents, and the tails of the outputs.
 #pragma once
 
-#include "../host.h"
+#include "../early.cuh"
 #include "api.h"
 
 namespace plan {
@@ -46,19 +46,6 @@ __device__ __forceinline__ uint64_t mix(uint64_t x) {
   x *= 0xff51afd7ed558ccdull;  // MurmurHash3's finaliser (Appleby), its first half
   x ^= x >> 33;
   return x * 0xc4ceb9fe1a85ec53ull;
-}
-
-// Programmatic dependent launch (Hopper and later): a kernel launched with it starts once all blocks of the one before have called
-// let_next_launch or ended, and sees what that one wrote behind wait_for_launch_before.
-__device__ __forceinline__ void let_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // One block: bounds of the samples among the occurrences, and the sizes that need no tokens. Malformed extents give no
