@@ -54,5 +54,7 @@ def test_weights_get_their_gradient_through_a_column(
     want = by_loops(call)
     for ours, exact in zip((*got, *gradients(*got, call)), (*want, *gradients(*want, call)), strict=True):
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
-    half = len(seen) // 2  # room for the column where there is a gradient to carry, and nothing wider than the least where there is none
+    half = (
+        len(seen) // 2
+    )  # room for the column where there is a gradient to carry, and nothing wider than the least where there is none
     assert set(seen[:half]) == {16 if weight == "none" else 32} and set(seen[half:]) == {16}
