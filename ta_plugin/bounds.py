@@ -66,9 +66,8 @@ class Bounds:
         values = torch.cat([value for value, _ in self._noted])
         intervals = tuple(interval for _, each in self._noted for interval in each)
         self._noted = []
-        if (
-            intervals not in self._seen
-        ):  # tensors from the host: made before a graph is captured, by the calls that warm up
+        # tensors from the host: made before a graph is captured, by the calls that warm up
+        if intervals not in self._seen:
             self._seen[intervals] = _Seen.of(intervals, values.device)
         return self._seen[intervals].take(values)
 

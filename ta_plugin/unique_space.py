@@ -69,9 +69,8 @@ class UniqueSpace:
         With `rows`, cu_seqlens may end before M: tokens from there on are left out.
         """
         _check_int64("tokens", tokens, 1)
-        if (
-            cu_seqlens is None and 0 < tokens.numel() <= _SHORT
-        ):  # as a padded sample: one thread block on a GPU, fewer launches
+        if cu_seqlens is None and 0 < tokens.numel() <= _SHORT:
+            # as a padded sample: one thread block on a GPU, fewer launches
             bounds, tokens = torch.full((1,), tokens.numel(), device=tokens.device), tokens[None]
         else:
             bounds = _bounds(tokens, cu_seqlens)

@@ -85,9 +85,8 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
     place = torch.arange(slots, device=device)
 
     # slots in the order of (sample, token, position), and which of them begin a token
-    if (
-        padded
-    ):  # one sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order
+    if padded:
+        # one sort per sample: no composite key, so ids may use all 63 bits. Stable: equal tokens keep their order
         batch, length = tokens.shape
         inside = torch.arange(length, device=device)
         valid = inside < lengths[:, None]
@@ -101,9 +100,8 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
         order = tokens.argsort(stable=True)
         starts = torch.ones_like(tokens, dtype=torch.bool)
         starts[1:] = tokens[order[1:]] != tokens[order[:-1]]
-        if (
-            bounds.numel() > 2 or rows >= 0
-        ):  # a second stable sort brings samples together and keeps each one's tokens sorted
+        if bounds.numel() > 2 or rows >= 0:
+            # a second stable sort brings samples together and keeps each one's tokens sorted
             sample = torch.bucketize(place, bounds[1:], right=True)
             order = order[sample[order].argsort(stable=True)]
             starts[1:] = (tokens[order[1:]] != tokens[order[:-1]]) | (sample[order[1:]] != sample[order[:-1]])

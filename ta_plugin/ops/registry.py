@@ -41,17 +41,14 @@ class Operator:
     ready: set[str] = field(default_factory=set, compare=False, repr=False)  # devices with a kernel; they stay so
 
     def __call__(self, first: Tensor, *rest: Any) -> Any:
-        device = first.device.type
-        if torch.compiler.is_compiling():
-            if device in ("cpu", "cuda") and (is_compiled(self.name, device) or make_ready(self, device)):
+        device, traced = first.device.type, torch.compiler.is_compiling()
+        if traced or device not in self.ready:
+            if device not in ("cpu", "cuda") or not (is_compiled(self.name, device) or make_ready(self, device)):
+                return self.plain(first, *rest)
+            if traced:
                 return getattr(torch.ops.ta_plugin, self.name)(first, *rest)
-            return self.plain(first, *rest)
-        if device in self.ready:
-            return self.compiled(first, *rest)
-        if device in ("cpu", "cuda") and (is_compiled(self.name, device) or make_ready(self, device)):
             self.ready.add(device)
-            return self.compiled(first, *rest)
-        return self.plain(first, *rest)
+        return self.compiled(first, *rest)
 
     @cached_property
     def compiled(self) -> Callable[..., Any]:

@@ -114,9 +114,8 @@ def _attend(
     v = k if v_table is None else keys.spread(v_table)
     if cutoffs is None:
         weights = keys.weights
-        if (
-            space.end is not None and weights.weight is not None
-        ):  # on the CPU, where nothing is captured: without the spare rows
+        if space.end is not None and weights.weight is not None:
+            # on the CPU, where nothing is captured: without the spare rows
             rows = int(space.end)
             k, v, weights = k[:rows], v[:rows], RowWeights(weights.weight[:rows], None)
         return attend_rows(scoring, q, targets.cu_seqlens, k, v, weights, space.cu_seqlens)
