@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ta_plugin.embedding import ShardedTokenEmbedding
+from ta_plugin.parallel import SSPGroup, Traffic
 
 
 class CapturedStep:
@@ -21,6 +22,9 @@ class CapturedStep:
 
     Constructing runs the step `warm_up` times, and captures it. A call leaves gradients as the step itself would after `zero_grad()`:
     apply or forget them before the next one. What it returns is overwritten by the next call.
+
+    Over several ranks both are collective: every rank makes the same calls in one order, and its collectives are in the graph (NCCL). Dense
+    gradients are averaged by `average_gradients` within the step or after it. Each replay counts the traffic that was captured.
     """
 
     def __init__(
@@ -31,8 +35,9 @@ class CapturedStep:
         self._parameters = list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
         self._tables = list(dict.fromkeys(part for part in parts if isinstance(part, ShardedTokenEmbedding)))
         self._inputs = [x.detach().clone() for x in inputs]
+        self._traffic = list(dict.fromkeys(t for part in parts if (t := _traffic_of(part)) is not None))
         self._graph: torch.cuda.CUDAGraph | None = None
-        if all(x.is_cuda for x in self._inputs):
+        if torch.cuda.is_available() and all(x.is_cuda for x in self._inputs):
             self._capture(warm_up)
 
     def _capture(self, warm_up: int) -> None:
@@ -44,8 +49,13 @@ class CapturedStep:
                 self._forget()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        counted = [traffic.copy() for traffic in self._traffic]
+        # thread_local: threads of torch.distributed may call CUDA meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = self._step(*self._inputs)
+        self._sent = [traffic.since(before) for traffic, before in zip(self._traffic, counted, strict=True)]
+        for traffic, sent in zip(self._traffic, self._sent, strict=True):
+            traffic.add(sent, -1)  # capturing sent nothing
         self._gradients = [p.grad for p in self._parameters]
         self._rows = [table.take_recorded() for table in self._tables]
         self._forget()
@@ -70,9 +80,16 @@ class CapturedStep:
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
         self._graph.replay()
+        for traffic, sent in zip(self._traffic, self._sent, strict=True):
+            traffic.add(sent)
         for parameter, grad in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = grad
         for table, recorded in zip(self._tables, self._rows, strict=True):
             for rows, grad in recorded:
                 table.record(rows, grad)
         return self._outputs
+
+
+def _traffic_of(part: nn.Module) -> Traffic | None:
+    group = getattr(part, "group", None)
+    return group.traffic if isinstance(group, SSPGroup) and group.size > 1 else None

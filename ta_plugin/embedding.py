@@ -15,6 +15,7 @@ from ta_plugin.row_optimizers import RowOptimizer, RowWiseAdagrad
 from ta_plugin.unique_space import UniqueSpace
 
 _INIT_BLOCK = 4096  # rows that share one random stream: small enough to draw a shard without drawing the table
+_SEARCHED = 2**20  # ids among which every rank should own one
 
 
 class EmbeddingFn(Protocol):
@@ -50,6 +51,22 @@ def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
 def owners_of(embedding_fn: EmbeddingFn, num_ranks: int) -> Owners:
     """The embedding's own ownership where it has one, else a hash of the id."""
     return embedding_fn if hasattr(embedding_fn, "owner_of") else HashOwners(num_ranks)  # type: ignore[return-value]
+
+
+def owned_id(embedding_fn: EmbeddingFn, vocab_size: int | None, group: SSPGroup) -> int:
+    """The least id that this rank owns, of the first million. Reads the device. Raises ValueError where it owns none of them."""
+    if group.size == 1:
+        return 0
+    owners, end = owners_of(embedding_fn, group.size), min(_SEARCHED, vocab_size or _SEARCHED)
+    for first in range(0, end, _INIT_BLOCK):
+        ids = torch.arange(first, min(first + _INIT_BLOCK, end), device=group.device)
+        mine = (owners.owner_of(ids) == group.rank).nonzero()
+        if mine.numel():
+            return first + int(mine[0])
+    raise ValueError(
+        f"rank {group.rank} owns none of the first {end} ids, but row_bound needs one to fill spare rows with; leave row_bound out, or "
+        "take fewer ranks"
+    )
 
 
 def lookup(ids: Tensor, route: Route, embedding_fn: EmbeddingFn, name: str) -> Tensor:

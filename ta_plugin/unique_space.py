@@ -101,11 +101,15 @@ class UniqueSpace:
         return cls(tokens, bounds.int(), torch.ones_like(tokens), bounds, segments, slots, length)
 
     @classmethod
-    def of_rows(cls, tokens: Tensor, cu_seqlens: Tensor) -> UniqueSpace:
-        """`of_occurrences` of packed tokens (M,) whose bounds (B + 1,) int32 this package made: nothing is read to check them."""
+    def of_rows(cls, tokens: Tensor, cu_seqlens: Tensor, spare: bool = False) -> UniqueSpace:
+        """`of_occurrences` of packed tokens (M,) whose bounds (B + 1,) int32 this package made: nothing is read to check them.
+
+        With `spare` a bounded space: rows behind the last bound are spare.
+        """
         each = torch.arange(tokens.numel() + 1, device=tokens.device)
         segments = Segments(each[:-1], each[:-1], each)
-        return cls(tokens, cu_seqlens, torch.ones_like(tokens), cu_seqlens.long(), segments)
+        bounds = cu_seqlens.long()
+        return cls(tokens, cu_seqlens, torch.ones_like(tokens), bounds, segments, found=bounds[-1:] if spare else None)
 
     @classmethod
     def _of(cls, found: UniqueRows) -> UniqueSpace:

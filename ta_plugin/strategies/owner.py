@@ -17,6 +17,7 @@ from ta_plugin.parallel import (
     start_all_to_all_rows,
 )
 from ta_plugin.routing import Route, rfc_positions
+from ta_plugin.strategies.bounded_owner import bounded_owner
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
 from ta_plugin.strategies.ring import own
@@ -31,6 +32,8 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     """
     assert request.targets is not None
     projections, group = modules.projections, modules.group
+    if modules.bounds is not None and group.size > 1:
+        return bounded_owner(request, modules)
     rows = request.target_rows(modules)
     q = projections.queries(rows)
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")  # needs nothing of what is done for keys

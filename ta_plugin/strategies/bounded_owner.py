@@ -1,0 +1,107 @@
+"""Strategy owner on several ranks with bounded sizes: every split is fixed, so that nothing of a step visits the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ta_plugin.attention.layers import PackedTargets
+from ta_plugin.attention.sides import RowWeights
+from ta_plugin.bounds import Bounds
+from ta_plugin.embedding import embed_owned, owners_of
+from ta_plugin.ops import expand
+from ta_plugin.ops.planning import PARTITION
+from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
+from ta_plugin.parallel.collectives import Arrived, Moving
+from ta_plugin.routing import BoundedRoute, Received
+from ta_plugin.strategies.partial import Keys, attend_targets
+from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.unique_space import UniqueSpace
+
+
+def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
+    """What `owner` computes: packed (Q, H, Dv). Collective, forward and backward.
+
+    Sent per rank: (N - 1) times what fills a bucket: its places, ids of targets and their rows, and as in `owner` queries and partial
+    results. Whether everything fitted is told to every rank beside the partial results.
+    """
+    bounds, group, space = modules.bounds, modules.group, request.space
+    assert bounds is not None and request.targets is not None
+    route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, group.size, bounds.route)
+    bounds.sent(route.most)
+    to_owners = [route.sizes.int(), route.buckets(space.tokens), route.buckets(_weights(request, modules))]
+    if request.target_ids is not None:  # every owner sees all of them: they are few
+        ids = request.targets.pack(request.target_ids)
+        to_owners.append(ids.expand(group.size, -1))
+    sizes, ids, weights, *asked = Buckets(to_owners, group, "keys").arrive()
+
+    # small things first: what comes back travels while the keys are brought together
+    answer = _start_answer(asked[0], modules, bounds) if asked else None
+    received = Received.of(sizes, bounds.route)
+    keys_space = UniqueSpace.of_rows(received.items(ids), received.cu_seqlens, spare=True)
+    distinct = bounds.distinct(keys_space.tokens, keys_space.end)
+    q = modules.projections.queries(_target_rows(request, modules, answer))
+    queries = start_all_gather_rows(q, request.query_counts, group, "queries")
+    table = embed_owned(distinct.tokens, modules.embedding_fn)
+    weight = _as_weights(received.items(weights), modules, q.dtype)
+    keys = Keys(table, distinct.segments, keys_space, RowWeights(weight, None))
+
+    everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
+    out, lse = attend_targets(modules, queries.arrive(), everybody, keys, None)
+    return _return_partials(out, lse, modules, bounds)
+
+
+def _owners(ids: Tensor, modules: AttentionModules) -> Tensor:
+    """The rank that owns each of ids (n,); some rank for wrong ones, which it reports."""
+    assert modules.bounds is not None
+    return owners_of(modules.embedding_fn, modules.group.size).owner_of(modules.bounds.within(ids))
+
+
+def _weights(request: Request, modules: AttentionModules) -> Tensor:
+    """Folded sides (U,) or (U, H), or where there are none how often each row occurs, (U,) int32."""
+    if not request.sides.tensors():
+        return request.space.counts.int()
+    weight = RowWeights.fold(request.space, request.sides, modules.scoring.normaliser, torch.float32).weight
+    assert weight is not None
+    return weight
+
+
+def _as_weights(received: Tensor, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
+    if received.is_floating_point():
+        return received
+    counts = received.to(torch.promote_types(dtype, torch.float32))
+    return counts.log() if modules.scoring.normaliser == "softmax" else counts
+
+
+def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Moving | Arrived:
+    """Rows of the ids (N, Q) that every rank asks for, on their way back: from each owner (Q, E), those it owns among them."""
+    group, flat = modules.group, ids.reshape(-1)
+    foreign = (_owners(flat, modules) != group.rank).long()
+    order, sizes = PARTITION(foreign, torch.arange(2, device=flat.device) * flat.numel(), 2)
+    distinct = bounds.distinct(flat[order], sizes[0])
+    rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
+    rows = torch.empty_like(rows).index_copy(0, order, rows)
+    even = [ids.shape[1]] * group.size
+    return start_all_to_all_rows(rows, even, even, group, "targets.rows")
+
+
+def _target_rows(request: Request, modules: AttentionModules, answer: Moving | Arrived | None) -> Tensor:
+    """Embeddings (Q, E) of the packed targets."""
+    assert request.targets is not None
+    if answer is None:
+        assert request.queries is not None
+        return request.targets.pack(request.queries)
+    assert request.target_ids is not None
+    ids = request.targets.pack(request.target_ids)
+    place = torch.arange(ids.numel(), device=ids.device)
+    return answer.arrive().index_select(0, _owners(ids, modules) * ids.numel() + place)
+
+
+def _return_partials(out: Tensor, lse: Tensor | None, modules: AttentionModules, bounds: Bounds) -> Tensor:
+    """Each owner's partial results back to the readers of the queries, merged there, and its word on whether all of it fitted."""
+    ranks = modules.group.size
+    parts = [x.view(ranks, -1, *x.shape[1:]) for x in ([out] if lse is None else [out, lse])]
+    parts.append(bounds.settle().expand(ranks, 1))
+    outs, *lses, settled = Buckets(parts, modules.group, "partials").arrive()
+    bounds.hear(settled)
+    return modules.scoring.combine(outs, lses[0] if lses else None)[0]
