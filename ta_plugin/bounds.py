@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ta_plugin.unique_space import UniqueSpace
+from ta_plugin.bounded_space import BoundedSpace
 
 _INT64 = torch.iinfo(torch.int64)
 
@@ -57,22 +57,22 @@ class Bounds:
         self._seen: dict[tuple[_Interval, ...], _Seen] = {}
         self._heard: Tensor | None = None
 
-    def space(self, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
+    def space(self, tokens: Tensor, lengths: Tensor) -> BoundedSpace:
         """The bounded space of a batch; begins a call."""
-        space = UniqueSpace.from_padded(tokens, lengths, rows=self.rows)
+        space = BoundedSpace.of_padded(tokens, lengths, self.rows)
         within = _Interval("lengths", 0, tokens.shape[1], "no sample is longer or shorter than that")
         assert space.found is not None
         self._noted = [(space.found[1:4], [_held("distinct rows of a batch", "row", self.rows), within, within])]
         self._heard = None
         return space
 
-    def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
+    def distinct(self, ids: Tensor, end: Tensor | None = None) -> BoundedSpace:
         """The bounded space of ids (n,), of the first `end` (1,) of them, as one sample.
 
         Ids outside the vocabulary become others; `check` raises then.
         """
         bounds = None if end is None else torch.cat([torch.zeros_like(end), end])
-        space = UniqueSpace.from_packed(ids, bounds, rows=min(self.ids, max(ids.numel(), 1)))
+        space = BoundedSpace.of_packed(ids, bounds, min(self.ids, max(ids.numel(), 1)))
         assert space.found is not None
         spare = self.spare_id or 0
         range_ = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")

@@ -443,7 +443,7 @@ class TokenizedAttention(nn.Module):
 
     def _sizes(self, space: UniqueSpace, slots: PackedTargets | None) -> list[int]:
         """What a rank announces: rows U, occurrences M, queries Q, distinct ids I, width T."""
-        counted = self.strategy == "auto" and slots is not None and space.found is None
+        counted = self.strategy == "auto" and slots is not None and self.bounds is None
         ids = int(space.tokens.unique().numel()) if counted else space.num_rows
         if slots is None:
             return [space.num_rows, space.num_occurrences, space.num_rows, ids, 0]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.sides import RowWeights
+from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import embed_owned, owners_of
 from ta_plugin.ops import expand
@@ -16,7 +17,6 @@ from ta_plugin.parallel.collectives import Arrived, Moving
 from ta_plugin.routing import BoundedRoute, Received
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
-from ta_plugin.unique_space import UniqueSpace
 
 
 def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
@@ -38,7 +38,7 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     # small things first: what comes back travels while the keys are brought together
     answer = _start_answer(asked[0], modules, bounds) if asked else None
     received = Received.of(sizes, bounds.route)
-    keys_space = UniqueSpace.of_rows(received.items(ids), received.cu_seqlens, spare=True)
+    keys_space = BoundedSpace.of_rows(received.items(ids), received.cu_seqlens)
     distinct = bounds.distinct(keys_space.tokens, keys_space.end)
     q = modules.projections.queries(_target_rows(request, modules, answer))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")

@@ -105,7 +105,7 @@ def _attend(
             scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
             max_seqlen_q=targets.width, return_lse=True,
         )  # fmt: skip
-    if space.found is not None and q.is_cuda:
+    if space.end is not None and q.is_cuda:
         raise ValueError(
             "row_bound is given, but the sizes would visit the host: no kernel of target_attention covers the call "
             f"({choose_target(None, q, k_table, v_table, scoring.activation).reason}; no score module, backend or value term)"
