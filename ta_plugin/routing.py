@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ta_plugin.ops.buckets import BUCKET
 from ta_plugin.ops.planning import OWNERS, PARTITION
 from ta_plugin.parallel import SSPGroup, all_to_all_rows
 
@@ -174,57 +175,11 @@ class BoundedRoute:
     def build(cls, owner: Tensor, cu_seqlens: Tensor, ranks: int, bound: int) -> BoundedRoute:
         """Local.
 
-        owner:      (n,) int64 in [0, N), the owner of each item
-        cu_seqlens: (B + 1,) bounds of this rank's samples among the items; what lies behind the last one goes nowhere
+        owner:      (n,) int64, the owner of each item; without one in [0, N) it goes nowhere
+        cu_seqlens: (B + 1,) int32, bounds of this rank's samples among the items; what lies behind the last one goes nowhere
         """
-        n, place = owner.numel(), torch.arange(owner.numel(), device=owner.device)
-        owner = torch.where(place < cu_seqlens[-1], owner, ranks)
-        # spare items as one more sample, for one more rank
-        order, sizes = PARTITION(owner, F.pad(cu_seqlens.long(), (0, 1), value=n), ranks + 1)
-        sizes = sizes[:ranks, :-1]
-        sent = sizes.sum(1, keepdim=True)
-        most = sent.amax(0)
-        fits = most <= bound
-        slot = torch.arange(bound, device=owner.device)
-        begin = sent.cumsum(0) - sent
-        # places without an item take different ones: their zero gradients then do not queue for one
-        take = torch.where(slot < sent, begin + slot, slot).clamp(max=n - 1)
-        return cls(order[take], sizes * fits, most)
+        return cls(*BUCKET(owner, cu_seqlens, ranks, bound))
 
-    def buckets(self, values: Tensor) -> Tensor:
+    def fill(self, values: Tensor) -> Tensor:
         """Per-item values (n, ...) -> (N, C, ...), to send. Differentiable for floating values."""
         return values.index_select(0, self.take.view(-1)).view(*self.take.shape, *values.shape[1:])
-
-
-@dataclass(frozen=True)
-class Received:
-    """What arrived in buckets (N, C, ...), brought together: by source rank and sample, as in `Route`, spare places at the end.
-
-    cu_seqlens: (N * B + 1,) int32: bounds of items per sample (rank, b)
-    source:     (N * C,) int64, the place in the flattened buckets of each item
-    there:      (N * C,) bool, False for spare places
-    """
-
-    cu_seqlens: Tensor
-    source: Tensor
-    there: Tensor
-
-    @classmethod
-    def of(cls, sizes: Tensor, bound: int) -> Received:
-        """sizes (N, B) integer: how many items of each rank's samples came."""
-        ranks, batch = sizes.shape
-        bounds = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device=sizes.device)
-        torch.cumsum(sizes.reshape(-1), 0, out=bounds[1:])
-        ends = bounds[batch::batch] if batch else bounds.new_zeros(ranks)
-        place = torch.arange(ranks * bound, dtype=torch.int32, device=sizes.device)
-        rank = torch.bucketize(place, ends[:-1], right=True)
-        skipped = torch.arange(ranks, device=sizes.device) * bound - F.pad(ends[:-1], (1, 0))
-        there = place < bounds[-1]
-        return cls(bounds, torch.where(there, place + skipped[rank], place), there)
-
-    def items(self, buckets: Tensor) -> Tensor:
-        """Values (N, C, ...) as they arrived -> (N * C, ...). Differentiable for floating values; spare places pass no gradient."""
-        items = buckets.flatten(0, 1).index_select(0, self.source)
-        if not items.requires_grad:
-            return items
-        return torch.where(self.there.view(-1, *([1] * (items.dim() - 1))), items, 0)

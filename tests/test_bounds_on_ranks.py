@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from ranks import ON_GPUS
 from torch import Tensor, nn
 
 from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention
+from ta_plugin.bounds import default_route
 
 B, L, T, V, D, H = 3, 12, 2, 40, 16, 4
 DTYPE = torch.float32 if ON_GPUS else torch.float64
@@ -234,3 +236,86 @@ def test_what_does_not_fit_on_one_rank_gives_nan_on_every_rank_and_raises_the_sa
     assert all(each == raised[0] for each in raised) and len(raised[0]) == 2
     for text in raised[0]:
         assert re.search(OVERFLOWS[what][1], text), text
+
+
+def refused() -> list[str]:
+    group, raised = SSPGroup(dist.group.WORLD), []
+    rank = group.rank
+
+    def narrow() -> None:  # T differs
+        given = draw("mixed", rank, group)
+        given["targets"] = given["targets"][:, : T - rank]
+        build(group, {}, row_bound=B * L)(**given)
+
+    def with_term() -> None:
+        build(group, {}, row_bound=B * L)(**draw("mixed", rank, group), value_term=torch.ones(B, L, H, 4, dtype=DTYPE))
+
+    def few_ids() -> None:
+        table = ShardedTokenEmbedding(group.size - 1, D, group, dtype=DTYPE)
+        model = TokenizedAttention(B, L, group.size, table, group=group, row_bound=9)
+        zeros = torch.zeros(B, L, dtype=torch.int64)
+        model(zeros, zeros[:, 0], targets=zeros[:, :1])
+
+    tries: list[Callable[[], Any]] = [
+        lambda: build(group, {"strategy": "gather"}, row_bound=9),
+        lambda: build(group, {"strategy": "positions"}, row_bound=9),
+        lambda: build(group, {"layout": "sequence"}, row_bound=9),
+        lambda: build(group, {"include_self": True}, row_bound=9),
+        lambda: build(group, {}, row_bound=9 + rank),
+        lambda: build(group, {}, row_bound=9, route_bound=9 - rank),
+        lambda: build(group, {}, row_bound=2**31 - 1, route_bound=2**31 - 1),
+        narrow,
+        with_term,
+        few_ids,
+    ]
+    for attempt in tries:
+        try:
+            attempt()
+        except ValueError as error:
+            raised.append(str(error))
+    return raised
+
+
+def test_what_bounds_do_not_cover_is_named_on_every_rank(rank_pools: Any) -> None:
+    first, *others = rank_pools(2).run(refused)
+    assert all(other == first for other in others)
+    for text, wanted in zip(
+        first,
+        (
+            "with 2 rank(s), layout 'sample', strategy 'gather'",
+            "strategy 'positions'",
+            "layout 'sequence'",
+            "include_self=True",
+            "row_bound is 9 on rank 0 but 10 on rank 1",
+            "route_bound is 9 on rank 0 but 8 on rank 1",
+            "route_bound is 2147483647 on 2 ranks",
+            "samples have 2 targets on rank 0 but 1 on rank 1; with row_bound pass the same",
+            "value_term is given with row_bound",
+            "rank 1 owns none of the first 1 ids, but row_bound needs one",
+        ),
+        strict=True,
+    ):
+        assert wanted in text
+
+
+def moved_to_a_group() -> float:
+    """A bounded model built for one rank works on its group's ranks."""
+    group = SSPGroup(dist.group.WORLD)
+    torch.manual_seed(0)
+    table = nn.Embedding(V, D, dtype=DTYPE)
+    model = TokenizedAttention(B, L, 1, table, group=SSPGroup(None, device=group.device), row_bound=B * L)
+    given = draw("mixed", group.rank, group)
+    alone = model(**given)
+    model.regroup(group)
+    assert model.bounds is not None and model.bounds.route == default_route(B * L, group.size)
+    together = model(**given)
+    model.check_bounds()
+    return float((together - alone).abs().max())
+
+
+def test_a_bounded_model_moves_to_a_group(rank_pools: Any) -> None:
+    assert all(difference < CLOSE for difference in rank_pools(2).run(moved_to_a_group))
+
+
+def test_the_default_of_route_bound() -> None:
+    assert default_route(20, 2) == 20 and default_route(8000, 4) == 2564 and default_route(1, 64) == 1

@@ -11,10 +11,11 @@ from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import embed_owned, owners_of
 from ta_plugin.ops import expand
+from ta_plugin.ops.buckets import COMPACT
 from ta_plugin.ops.planning import PARTITION
 from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
 from ta_plugin.parallel.collectives import Arrived, Moving
-from ta_plugin.routing import BoundedRoute, Received
+from ta_plugin.routing import BoundedRoute
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
 
@@ -29,7 +30,7 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     assert bounds is not None and request.targets is not None
     route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, group.size, bounds.route)
     bounds.sent(route.most)
-    to_owners = [route.sizes.int(), route.buckets(space.tokens), route.buckets(_weights(request, modules))]
+    to_owners = [route.sizes, route.fill(space.tokens), route.fill(_weights(request, modules))]
     if request.target_ids is not None:  # every owner sees all of them: they are few
         ids = request.targets.pack(request.target_ids)
         to_owners.append(ids.expand(group.size, -1))
@@ -37,18 +38,25 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
 
     # small things first: what comes back travels while the keys are brought together
     answer = _start_answer(asked[0], modules, bounds) if asked else None
-    received = Received.of(sizes, bounds.route)
-    keys_space = BoundedSpace.of_rows(received.items(ids), received.cu_seqlens)
+    received = _bounds_of(sizes)
+    keys_space = BoundedSpace.of_rows(COMPACT(ids, received), received)
     distinct = bounds.distinct(keys_space.tokens, keys_space.end)
     q = modules.projections.queries(_target_rows(request, modules, answer))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")
     table = embed_owned(distinct.tokens, modules.embedding_fn)
-    weight = _as_weights(received.items(weights), modules, q.dtype)
+    weight = _as_weights(COMPACT(weights, received), modules, q.dtype)
     keys = Keys(table, distinct.segments, keys_space, RowWeights(weight, None))
 
     everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     out, lse = attend_targets(modules, queries.arrive(), everybody, keys, None)
     return _return_partials(out, lse, modules, bounds)
+
+
+def _bounds_of(sizes: Tensor) -> Tensor:
+    """(N * B + 1,) int32: bounds of the samples (rank, b) whose sizes (N, B) are given."""
+    bounds = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device=sizes.device)
+    torch.cumsum(sizes.reshape(-1), 0, out=bounds[1:])
+    return bounds
 
 
 def _owners(ids: Tensor, modules: AttentionModules) -> Tensor:
@@ -69,8 +77,12 @@ def _weights(request: Request, modules: AttentionModules) -> Tensor:
 def _as_weights(received: Tensor, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
     if received.is_floating_point():
         return received
-    counts = received.to(torch.promote_types(dtype, torch.float32))
-    return counts.log() if modules.scoring.normaliser == "softmax" else counts
+    counts = received if dtype != torch.float64 else received.double()
+    return (
+        counts.log()
+        if modules.scoring.normaliser == "softmax"
+        else counts.to(torch.promote_types(dtype, torch.float32))
+    )
 
 
 def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Moving | Arrived:
