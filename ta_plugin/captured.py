@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ta_plugin.embedding import ShardedTokenEmbedding
-from ta_plugin.parallel import SSPGroup, Traffic
+from ta_plugin.parallel import SSPGroup, exchange_header
 
 
 class CapturedStep:
@@ -35,7 +35,8 @@ class CapturedStep:
         self._parameters = list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
         self._tables = list(dict.fromkeys(part for part in parts if isinstance(part, ShardedTokenEmbedding)))
         self._inputs = [x.detach().clone() for x in inputs]
-        self._traffic = list(dict.fromkeys(t for part in parts if (t := _traffic_of(part)) is not None))
+        groups = (getattr(part, "group", None) for part in parts)
+        self._groups = list(dict.fromkeys(g for g in groups if isinstance(g, SSPGroup) and g.size > 1))
         self._graph: torch.cuda.CUDAGraph | None = None
         if torch.cuda.is_available() and all(x.is_cuda for x in self._inputs):
             self._capture(warm_up)
@@ -49,16 +50,27 @@ class CapturedStep:
                 self._forget()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        counted = [traffic.copy() for traffic in self._traffic]
-        # thread_local: threads of torch.distributed may call CUDA meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = self._step(*self._inputs)
-        self._sent = [traffic.since(before) for traffic, before in zip(self._traffic, counted, strict=True)]
-        for traffic, sent in zip(self._traffic, self._sent, strict=True):
-            traffic.add(sent, -1)  # capturing sent nothing
+        counted = [group.traffic.copy() for group in self._groups]
+        error: Exception | None = None
+        try:
+            # thread_local: threads of torch.distributed may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = self._step(*self._inputs)
+        except Exception as failure:
+            error = failure
+        self._sent = [g.traffic.since(before) for g, before in zip(self._groups, counted, strict=True)]
+        self._count(-1)  # capturing sent nothing
+        for group in self._groups:  # what fails on one rank fails on all: a replay would wait for it
+            exchange_header(group, [], error)
+        if error is not None:
+            raise error
         self._gradients = [p.grad for p in self._parameters]
         self._rows = [table.take_recorded() for table in self._tables]
         self._forget()
+
+    def _count(self, times: int) -> None:
+        for group, sent in zip(self._groups, self._sent, strict=True):
+            group.traffic.add(sent, times)
 
     def _forget(self) -> None:
         for parameter in self._parameters:
@@ -80,16 +92,10 @@ class CapturedStep:
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
         self._graph.replay()
-        for traffic, sent in zip(self._traffic, self._sent, strict=True):
-            traffic.add(sent)
+        self._count(1)
         for parameter, grad in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = grad
         for table, recorded in zip(self._tables, self._rows, strict=True):
             for rows, grad in recorded:
                 table.record(rows, grad)
         return self._outputs
-
-
-def _traffic_of(part: nn.Module) -> Traffic | None:
-    group = getattr(part, "group", None)
-    return group.traffic if isinstance(group, SSPGroup) and group.size > 1 else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ta_plugin.ops.buckets import BUCKET
 from ta_plugin.ops.planning import OWNERS, PARTITION
-from ta_plugin.parallel import SSPGroup, all_to_all_rows
+from ta_plugin.parallel import Gathered, SSPGroup, all_to_all_rows
 
 _MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
 
@@ -180,6 +180,8 @@ class BoundedRoute:
         """
         return cls(*BUCKET(owner, cu_seqlens, ranks, bound))
 
-    def fill(self, values: Tensor) -> Tensor:
+    def fill(self, values: Tensor) -> Tensor | Gathered:
         """Per-item values (n, ...) -> (N, C, ...), to send. Differentiable for floating values."""
+        if values.dim() == 1 and not values.requires_grad:
+            return Gathered(values, self.take)
         return values.index_select(0, self.take.view(-1)).view(*self.take.shape, *values.shape[1:])

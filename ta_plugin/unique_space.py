@@ -85,7 +85,7 @@ class UniqueSpace:
         """`of_occurrences` of packed tokens (M,) whose bounds (B + 1,) int32 this package made: nothing is read to check them."""
         each = torch.arange(tokens.numel() + 1, device=tokens.device)
         segments = Segments(each[:-1], each[:-1], each)
-        return cls(tokens, cu_seqlens, torch.ones_like(tokens), cu_seqlens.long(), segments)
+        return cls(tokens, cu_seqlens, tokens.new_ones(1).expand(tokens.numel()), cu_seqlens.long(), segments)
 
     @classmethod
     def _of(cls, found: UniqueRows) -> UniqueSpace:

@@ -21,6 +21,29 @@ from ta_plugin.parallel.groups import SSPGroup
 _ALIGNED = 16  # bytes: every dtype's view of a part begins where it may
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """values (n,) at index (N, C) int64, written straight into the buffer that is sent; passes no gradient."""
+
+    values: Tensor
+    index: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.index.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def write(self, part: Tensor) -> None:
+        torch.take(self.values, self.index, out=part)
+
+
 class Buckets:
     """Tensors (N, ...) on their way: part r of each goes to rank r, all of them in one all-to-all.
 
@@ -28,7 +51,7 @@ class Buckets:
     Traffic is counted as `name` and "<name>.grad".
     """
 
-    def __init__(self, tensors: Sequence[Tensor], group: SSPGroup, name: str) -> None:
+    def __init__(self, tensors: Sequence[Tensor | Gathered], group: SSPGroup, name: str) -> None:
         self._group, self._name = group, name
         self.wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
         self._flight: tuple[InFlight, _Layout] | None = None
@@ -40,10 +63,15 @@ class Buckets:
         parts: tuple[Tensor, ...] = _Arrive.apply(self, anchor)
         return parts
 
-    def post(self, tensors: Sequence[Tensor], name: str) -> None:
+    def post(self, tensors: Sequence[Tensor | Gathered], name: str) -> None:
         """Start exchanging."""
         layout, group = _Layout.of(tensors), self._group
-        sent = layout.pack(tensors)
+        sent = torch.empty(group.size, layout.width, dtype=torch.uint8, device=group.device)
+        for x, part in zip(tensors, layout.unpack(sent), strict=True):
+            if isinstance(x, Gathered):
+                x.write(part)
+            else:
+                part.copy_(x)
         received = torch.empty_like(sent)
         with explained(name, group):
             work = dist.all_to_all_single(received, sent, group=group.group, async_op=True)
@@ -67,19 +95,13 @@ class _Layout:
     width: int
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> _Layout:
+    def of(cls, tensors: Sequence[Tensor | Gathered]) -> _Layout:
         offsets, end = [], 0
         for x in tensors:
             offsets.append(end)
-            size = math.prod(x.shape[1:]) * x.element_size()
+            size = math.prod(x.shape[1:]) * x.dtype.itemsize
             end += -(-size // _ALIGNED) * _ALIGNED
         return cls([x.shape for x in tensors], [x.dtype for x in tensors], offsets, end)
-
-    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        buffer = tensors[0].new_empty(tensors[0].shape[0], self.width, dtype=torch.uint8)
-        for x, part in zip(tensors, self.unpack(buffer), strict=True):
-            part.copy_(x)
-        return buffer
 
     def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """Views."""
@@ -91,11 +113,11 @@ class _Layout:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buckets: Buckets, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, buckets: Buckets, *tensors: Tensor | Gathered) -> Tensor:
         ctx.buckets = buckets
         buckets.post(tensors, buckets._name)
-        return tensors[0].new_empty(
-            0, dtype=torch.float32
+        return torch.empty(
+            0, device=buckets._group.device
         )  # ties the two nodes together; what counts travels in `buckets`
 
     @staticmethod

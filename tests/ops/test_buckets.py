@@ -91,6 +91,7 @@ def test_a_route_fills_buckets_and_passes_gradients_of_what_went() -> None:
     route = BoundedRoute.build(torch.tensor([1, 0, 1, 0]), torch.tensor([0, 2, 3], dtype=torch.int32), 2, 2)
     values = torch.arange(8.0).view(4, 2).requires_grad_()
     filled = route.fill(values)
+    assert isinstance(filled, Tensor)
     assert filled[0, 0].tolist() == [2, 3] and filled[1].tolist() == [[0, 1], [4, 5]]
     filled[1].sum().backward()
     assert values.grad is not None and values.grad[:, 0].tolist() == [1, 0, 1, 0]
