@@ -42,24 +42,6 @@ def median_ms(works: dict[str, Callable[[], Any]], rounds: int, device: torch.de
     return {name: statistics.median(x) for name, x in times.items()}
 
 
-def captured(work: Callable[[], Any]) -> Callable[[], Any]:
-    """A call on the GPU as one replayed from a CUDA graph; it returns what the capture returned, overwritten."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second of a large device copy, bytes read plus bytes written: what the floors divide by."""
     size = (2 << 30) if device.type == "cuda" else (64 << 20)
