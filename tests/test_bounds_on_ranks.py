@@ -298,6 +298,23 @@ def test_what_bounds_do_not_cover_is_named_on_every_rank(rank_pools: Any) -> Non
         assert wanted in text
 
 
+def nothing_at_all() -> None:
+    """No samples, and samples without targets."""
+    group = SSPGroup(dist.group.WORLD)
+    table = ShardedTokenEmbedding(V, D, group, dtype=DTYPE)
+    for batch, width in ((0, T), (B, 0)):
+        model = TokenizedAttention(batch, L, group.size, table, group=group, row_bound=B * L)
+        tokens = torch.ones(batch, L, dtype=torch.int64)
+        out = model(tokens, torch.full((batch,), L), targets=torch.ones(batch, width, dtype=torch.int64))
+        assert out.shape == (batch, width, D)
+        out.sum().backward()
+        model.check_bounds()
+
+
+def test_no_samples_and_no_targets(rank_pools: Any) -> None:
+    rank_pools(2).run(nothing_at_all)
+
+
 def moved_to_a_group() -> float:
     """A bounded model built for one rank works on its group's ranks."""
     group = SSPGroup(dist.group.WORLD)

@@ -41,8 +41,9 @@ def batch(seed: int, rank: int) -> list[Tensor]:
 
 def replays_equal_the_step(dtype: torch.dtype) -> None:
     group = SSPGroup(dist.group.WORLD)
-    eager, eager_table, step = build(group, dtype)
+    eager, eager_table, step = build(group, dtype, row_bound=B * L)
     model, table, bounded = build(group, dtype, row_bound=B * L)
+    *_, unbounded = build(group, dtype)
     captured = CapturedStep(bounded, [model], batch(0, group.rank))
     for seed in range(1, 6):  # the rows of the last step are trained on
         inputs = batch(seed, group.rank)
@@ -51,6 +52,8 @@ def replays_equal_the_step(dtype: torch.dtype) -> None:
         before = model.group.traffic.copy()
         expected, found = step(*inputs), captured(*inputs)
         assert torch.equal(found, expected)
+        if seed == 1:  # before anything was trained
+            assert torch.equal(found, unbounded(*inputs))
         for ours, exact in zip(model.parameters(), eager.parameters(), strict=True):
             assert ours.grad is not None and torch.equal(ours.grad, exact.grad)
         for each in (table, eager_table):

@@ -101,7 +101,7 @@ class _Layout:
             offsets.append(end)
             size = math.prod(x.shape[1:]) * x.dtype.itemsize
             end += -(-size // _ALIGNED) * _ALIGNED
-        return cls([x.shape for x in tensors], [x.dtype for x in tensors], offsets, end)
+        return cls([x.shape for x in tensors], [x.dtype for x in tensors], offsets, max(end, _ALIGNED))
 
     def unpack(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """Views."""

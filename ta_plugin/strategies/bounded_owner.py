@@ -12,12 +12,13 @@ from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import embed_owned, owners_of
 from ta_plugin.ops import expand
 from ta_plugin.ops.buckets import COMPACT
-from ta_plugin.ops.planning import PARTITION
 from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
 from ta_plugin.parallel.collectives import Arrived, Moving
 from ta_plugin.routing import BoundedRoute
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
+
+_NO_ID = torch.iinfo(torch.int64).max
 
 
 def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
@@ -77,22 +78,19 @@ def _weights(request: Request, modules: AttentionModules) -> Tensor:
 def _as_weights(received: Tensor, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
     if received.is_floating_point():
         return received
-    counts = received if dtype != torch.float64 else received.double()
-    return (
-        counts.log()
-        if modules.scoring.normaliser == "softmax"
-        else counts.to(torch.promote_types(dtype, torch.float32))
-    )
+    counts = received.to(torch.promote_types(dtype, torch.float32))
+    return counts.log_() if modules.scoring.normaliser == "softmax" else counts
 
 
 def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Moving | Arrived:
-    """Rows of the ids (N, Q) that every rank asks for, on their way back: from each owner (Q, E), those it owns among them."""
+    """Rows of the ids (N, Q) that every rank asks for, on their way back: from each owner (Q, E), right for those it owns."""
     group, flat = modules.group, ids.reshape(-1)
-    foreign = (_owners(flat, modules) != group.rank).long()
-    order, sizes = PARTITION(foreign, torch.arange(2, device=flat.device) * flat.numel(), 2)
-    distinct = bounds.distinct(flat[order], sizes[0])
+    mine = _owners(flat, modules) == group.rank
+    if flat.numel():  # in place of the others' ids the least of its own, which they give no gradient
+        least = torch.where(mine, flat, _NO_ID).amin()
+        flat = torch.where(mine, flat, torch.where(least < _NO_ID, least, bounds.spare_id))
+    distinct = bounds.distinct(flat)
     rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
-    rows = torch.empty_like(rows).index_copy(0, order, rows)
     even = [ids.shape[1]] * group.size
     return start_all_to_all_rows(rows, even, even, group, "targets.rows")
 
