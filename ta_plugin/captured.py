@@ -30,6 +30,10 @@ class CapturedStep:
     def __init__(
         self, step: Callable[..., Any], modules: Iterable[nn.Module], inputs: Iterable[Tensor], *, warm_up: int = 3
     ) -> None:
+        if warm_up < 1:
+            raise ValueError(
+                f"warm_up is {warm_up}; pass 1 or more: the first call of a step does what a graph cannot hold"
+            )
         parts = [part for module in modules for part in module.modules()]
         self._step = step
         self._parameters = list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
