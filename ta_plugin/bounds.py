@@ -74,7 +74,7 @@ class Bounds:
         bounds = None if end is None else torch.cat([torch.zeros_like(end), end])
         space = BoundedSpace.of_packed(ids, bounds, min(self.ids, max(ids.numel(), 1)))
         assert space.found is not None
-        spare = self.spare_id or 0
+        spare = self.filler
         range_ = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")
         tokens = torch.where(space.found[1] > 0, space.tokens, spare)  # nothing there: whatever memory held
         ends, held = torch.stack(tokens.aminmax()), _held("distinct ids of a batch", "id", space.num_rows)
@@ -84,6 +84,11 @@ class Bounds:
     def within(self, ids: Tensor) -> Tensor:
         """Ids as they are, or the nearest of the vocabulary."""
         return ids.clamp(0, self._last_id)
+
+    @property
+    def filler(self) -> int:
+        """`spare_id`, or 0 where nobody set it: on one rank, which owns every id."""
+        return self.spare_id or 0
 
     @property
     def _last_id(self) -> int:

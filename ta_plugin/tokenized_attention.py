@@ -369,7 +369,8 @@ class TokenizedAttention(nn.Module):
 
     def _read(self, inputs: Inputs) -> tuple[Request, str]:
         """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
-        kinds, sizes, space, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, None, Sides()
+        kinds, sizes, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, Sides()
+        space: UniqueSpace | None = None
         alone, flags = self.group.size == 1, 0
         if not alone:  # otherwise there is nobody to agree with
             flags = gradient_flags(self._dense_parameters(), getattr(self.embedding_fn, "table", self.embedding_fn))

@@ -29,18 +29,18 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     """
     bounds, group, space = modules.bounds, modules.group, request.space
     assert bounds is not None and request.targets is not None
-    route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, group.size, bounds.route)
-    bounds.sent(route.most)
-    to_owners = [route.sizes, route.fill(space.tokens), route.fill(_weights(request, modules))]
+    asked = None
     if request.target_ids is not None:  # every owner sees all of them: they are few
         ids = request.targets.pack(request.target_ids)
-        to_owners.append(ids.expand(group.size, -1))
-    sizes, ids, weights, *asked = Buckets(to_owners, group, "keys").arrive()
-
-    # small things first: what comes back travels while the keys are brought together
-    answer = _start_answer(asked[0], modules, bounds) if asked else None
+        asked = start_all_gather_rows(ids, request.query_counts, group, "targets.ids")
+    route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, group.size, bounds.route)
+    bounds.sent(route.most)
+    moving = Buckets([route.sizes, route.fill(space.tokens), route.fill(_weights(request, modules))], group, "keys")
+    # targets are looked up while the keys travel, and travel while the keys are brought together
+    answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
+    sizes, tokens, weights = moving.arrive()
     received = _bounds_of(sizes)
-    keys_space = BoundedSpace.of_rows(COMPACT(ids, received), received)
+    keys_space = BoundedSpace.of_rows(COMPACT(tokens, received), received)
     distinct = bounds.distinct(keys_space.tokens, keys_space.end)
     q = modules.projections.queries(_target_rows(request, modules, answer))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")
@@ -83,15 +83,15 @@ def _as_weights(received: Tensor, modules: AttentionModules, dtype: torch.dtype)
 
 
 def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Moving | Arrived:
-    """Rows of the ids (N, Q) that every rank asks for, on their way back: from each owner (Q, E), right for those it owns."""
-    group, flat = modules.group, ids.reshape(-1)
-    mine = _owners(flat, modules) == group.rank
-    if flat.numel():  # in place of the others' ids the least of its own, which they give no gradient
-        least = torch.where(mine, flat, _NO_ID).amin()
-        flat = torch.where(mine, flat, torch.where(least < _NO_ID, least, bounds.spare_id))
-    distinct = bounds.distinct(flat)
+    """Rows of the ids (N * Q,) that all ranks ask for, on their way back: from each owner (Q, E), right for those it owns."""
+    group = modules.group
+    mine = _owners(ids, modules) == group.rank
+    if ids.numel():  # in place of the others' ids the least of its own, which they give no gradient
+        least = torch.where(mine, ids, _NO_ID).amin()
+        ids = torch.where(mine, ids, torch.where(least < _NO_ID, least, bounds.filler))
+    distinct = bounds.distinct(ids)
     rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
-    even = [ids.shape[1]] * group.size
+    even = [ids.numel() // group.size] * group.size
     return start_all_to_all_rows(rows, even, even, group, "targets.rows")
 
 
