@@ -42,6 +42,34 @@ BATCHES = (
 )
 
 
+class Strict(nn.Module):
+    """A sharded table that is asked for what this rank owns only."""
+
+    def __init__(self, table: ShardedTokenEmbedding) -> None:
+        super().__init__()
+        self.table, self.vocab_size, self.owner_of = table, table.vocab_size, table.owner_of
+
+    def forward(self, ids: Tensor) -> Tensor:
+        assert bool((self.owner_of(ids) == self.table.group.rank).all()), ids
+        return self.table(ids)
+
+
+def asks_for_its_own_ids_only() -> None:
+    group = SSPGroup(dist.group.WORLD)
+    table = ShardedTokenEmbedding(V, D, group, dtype=DTYPE)
+    model = TokenizedAttention(B, L, group.size, Strict(table), group=group, row_bound=B * L, strategy="owner")
+    for batch in BATCHES:
+        given = draw(batch, group.rank, group)
+        model(**given).sum().backward()
+        given["tokens"][0, 0] = given["targets"][0, 0] = V - 1 + group.rank  # wrong on the others
+        given["lengths"][0] = 1
+        model(**given)
+
+
+def test_no_rank_looks_up_what_it_does_not_own(rank_pools: Any) -> None:
+    rank_pools(2).run(asks_for_its_own_ids_only)
+
+
 def build(group: SSPGroup, options: dict[str, Any], **bounds: int) -> TokenizedAttention:
     options = dict(options)
     options.pop("sides", None)
@@ -320,11 +348,11 @@ def moved_to_a_group() -> float:
     group = SSPGroup(dist.group.WORLD)
     torch.manual_seed(0)
     table = nn.Embedding(V, D, dtype=DTYPE)
-    model = TokenizedAttention(B, L, 1, table, group=SSPGroup(None, device=group.device), row_bound=B * L)
+    model = TokenizedAttention(B, L, 1, table, group=SSPGroup(None, device=group.device), row_bound=1000)
     given = draw("mixed", group.rank, group)
     alone = model(**given)
     model.regroup(group)
-    assert model.bounds is not None and model.bounds.route == default_route(B * L, group.size)
+    assert model.bounds is not None and model.bounds.route == default_route(1000, group.size) < 1000
     together = model(**given)
     model.check_bounds()
     return float((together - alone).abs().max())

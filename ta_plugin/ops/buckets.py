@@ -1,6 +1,6 @@
 """Buckets of fixed sizes, as operators: where items go in them, and what arrived in them, brought together.
 
-Kernels: csrc/plan/buckets.cu; on the CPU torch's operators do it. `compact` and `spread` are each other's gradient.
+Kernels: csrc/cpu/buckets.cpp and csrc/plan/buckets.cu. `compact` and `spread` are each other's gradient.
 """
 
 from __future__ import annotations

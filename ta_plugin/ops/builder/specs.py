@@ -57,7 +57,7 @@ class OpSpec:
 def op_specs() -> list[OpSpec]:
     """Every extension there is."""
     return [
-        OpSpec("ta_cpu", "cpu", "cpu", operators=ROW_OPERATORS + PLAN_OPERATORS + TARGET_OPERATORS),
+        OpSpec("ta_cpu", "cpu", "cpu", operators=ROW_OPERATORS + PLAN_OPERATORS + BUCKET_OPERATORS + TARGET_OPERATORS),
         OpSpec("ta_rows", "rows", "cuda", operators=ROW_OPERATORS),
         OpSpec("ta_plan", "plan", "cuda", operators=PLAN_OPERATORS + BUCKET_OPERATORS),
         OpSpec("ta_weighted_attention", "weighted_attention", "cuda", architectures=("90a",)),
