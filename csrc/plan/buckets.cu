@@ -1,7 +1,8 @@
 // See buckets.h. The place of an item is the number of items before it that have its owner: counted per tile, added up over tiles, and
 // counted again while items are placed.
 #include "buckets.h"
-#include "sort.cuh"
+
+#include "common.cuh"
 
 namespace plan {
 namespace {
@@ -14,12 +15,13 @@ struct Counted {
   int64_t* sent;    // (ranks)
   int64_t number;   // of tiles
 
+  // Returns the bytes it takes of the workspace.
   static size_t carve(const Items& x, void* workspace, Counted* counted) {
-    Carver carver{static_cast<char*>(workspace)};
     counted->number = ceil_div(x.n, kTile);
-    counted->tiles = carver.take<unsigned>(x.ranks * counted->number);
-    counted->sent = carver.take<int64_t>(x.ranks);
-    return carver.used;
+    const size_t bytes = (sizeof(unsigned) * x.ranks * counted->number + 15) / 16 * 16;
+    counted->tiles = static_cast<unsigned*>(workspace);
+    counted->sent = reinterpret_cast<int64_t*>(static_cast<char*>(workspace) + bytes);
+    return bytes + sizeof(int64_t) * x.ranks;
   }
 };
 
