@@ -191,7 +191,8 @@ def measure(
         if not error <= TOLERANCE[dtype]:
             raise SystemExit(f"{name} differs from dense by {error:.1e} of the largest output")
 
-    times = median_ms(runs, args.rounds, device)
+    meet = partial(dist.barrier, group.group) if group.size > 1 else None
+    times = median_ms(runs, args.rounds, device, meet)
     ids, row = int(space.tokens.unique().numel()), args.dim * dtype.itemsize
     floor = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
     for name in ways:
