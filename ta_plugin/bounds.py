@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ta_plugin.bounded_space import BoundedSpace
+from ta_plugin.parallel import SSPGroup, exchange_header
 
 _INT64 = torch.iinfo(torch.int64)
 
@@ -30,7 +32,6 @@ class Bounds:
     route: how many of its rows a rank sends to one owner at most, on several ranks; by default `default_route`
 
     spare_id: an id that this rank owns, in place of one that is wrong, or where a batch has none; to be set before the first call
-    agreed:   headers of calls that every rank made alike
 
     A call builds its spaces here and ends with `verdict`.
     """
@@ -47,7 +48,6 @@ class Bounds:
         self.rows, self.ids, self.vocab_size = rows, rows if ids is None else ids, vocab_size
         self.route = default_route(rows, ranks) if route is None else route
         self.spare_id: int | None = None
-        self.agreed: set[tuple[int, ...]] = set()
         for name, bound in (("row_bound", self.rows), ("id_bound", self.ids), ("route_bound", self.route)):
             if not 1 <= bound < 2**31:
                 raise ValueError(f"{name} is {bound}; pass 1 or more, below 2**31")
@@ -56,6 +56,23 @@ class Bounds:
         self._noted: list[tuple[Tensor, list[_Interval]]] = []
         self._seen: dict[tuple[_Interval, ...], _Seen] = {}
         self._heard: Tensor | None = None
+        self._agreed: set[tuple[int, ...]] = set()
+
+    def exchange_header(self, group: SSPGroup, fields: Sequence[int], error: Exception | None) -> list[list[int]]:
+        """`parallel.exchange_header`, and while a graph is captured what it gave for the same call before: nothing visits the host."""
+        mine = tuple(fields)
+        if group.size > 1 and group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if error is not None:
+                raise error
+            if mine not in self._agreed:
+                raise ValueError(
+                    "ranks have not agreed on the call that is captured; make it once before, outside the graph"
+                )
+            return [list(mine) for _ in range(group.size)]
+        headers = exchange_header(group, mine, error)
+        if all(tuple(theirs) == mine for theirs in headers):
+            self._agreed.add(mine)
+        return headers
 
     def space(self, tokens: Tensor, lengths: Tensor) -> BoundedSpace:
         """The bounded space of a batch; begins a call."""

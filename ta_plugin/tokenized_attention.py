@@ -401,7 +401,8 @@ class TokenizedAttention(nn.Module):
             kinds, sizes = kinds if alone else inputs.kinds(), self._sizes(space, targets)
         except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
             error = failure
-        headers = self._headers([flags, *kinds, *sizes], error)
+        exchange = exchange_header if self.bounds is None else self.bounds.exchange_header
+        headers = exchange(self.group, [flags, *kinds, *sizes], error)
         check_gradient_flags([header.pop(0) for header in headers])
         check_agreement([header[: len(OPTIONAL)] for header in headers])
         by_rank = [header[len(OPTIONAL) :] for header in headers]
@@ -425,22 +426,6 @@ class TokenizedAttention(nn.Module):
             deduplicate=self.strategy != "positions",
         )
         return request, self._choose(by_rank, targets is not None, inputs.encode is not None)
-
-    def _headers(self, mine: list[int], error: Exception | None) -> list[list[int]]:
-        """Every rank's header. While a graph is captured, what the same call found before: nothing visits the host."""
-        alone, on_gpu = self.group.size == 1, self.group.device.type == "cuda"
-        if self.bounds is not None and not alone and on_gpu and torch.cuda.is_current_stream_capturing():
-            if error is not None:
-                raise error
-            if tuple(mine) not in self.bounds.agreed:
-                raise ValueError(
-                    "a call is captured that the ranks have not agreed on; make the same call once before, outside the graph"
-                )
-            return [list(mine) for _ in range(self.group.size)]
-        headers = exchange_header(self.group, mine, error)
-        if self.bounds is not None:
-            self.bounds.agreed.add(tuple(mine))
-        return headers
 
     def _sizes(self, space: UniqueSpace, slots: PackedTargets | None) -> list[int]:
         """What a rank announces: rows U, occurrences M, queries Q, distinct ids I, width T."""

@@ -48,7 +48,7 @@ class Buckets:
     """Tensors (N, ...) on their way: part r of each goes to rank r, all of them in one all-to-all.
 
     Every rank starts the same ones in one order, of the same shapes and dtypes. Gradients return together too, of first order only.
-    Traffic is counted as `name` and "<name>.grad".
+    Traffic is counted as `name` and "<name>.grad", in bytes.
     """
 
     def __init__(self, tensors: Sequence[Tensor | Gathered], group: SSPGroup, name: str) -> None:
