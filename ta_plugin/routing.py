@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.ops.buckets import BUCKET
-from ta_plugin.ops.planning import OWNERS, PARTITION
+from ta_plugin.ops.planning import LOCAL_ROWS, OWNERS, PARTITION
 from ta_plugin.parallel import Gathered, SSPGroup, all_to_all_rows
 
 _MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
@@ -81,8 +81,8 @@ class PermutedRows:
 
     def local_row(self, ids: Tensor) -> Tensor:
         """The row within its owner's shard."""
-        rows = self.permute(ids)
-        return rows if self.num_ranks == 1 else rows % self.rows_per_rank
+        rows: Tensor = LOCAL_ROWS(ids, self.num_ranks, self.vocab_size, self.multiplier)
+        return rows
 
 
 def rfc_positions(positions: Tensor, samples: Tensor, rank: int, batch_size: int, sequence_length: int) -> Tensor:
