@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import ON_GPUS
 from torch import Tensor, nn
 
 from ta_plugin import CapturedStep, ShardedTokenEmbedding, SSPGroup, TokenizedAttention
@@ -94,3 +95,24 @@ def one_rank_does_not_fit() -> str:
 def test_a_replay_that_does_not_fit_on_one_rank_gives_nan_on_all(rank_pools: Any, ranks: int) -> None:
     for text in rank_pools(ranks).run(one_rank_does_not_fit):
         assert text.startswith(f"rank 1 of {ranks}: distinct rows of a batch reached")
+
+
+def a_capture_fails_on_one_rank() -> str:
+    group = SSPGroup(dist.group.WORLD)
+    model, _, bounded = build(group, torch.float32, row_bound=B * L)
+
+    def step(*inputs: Tensor) -> Tensor:
+        if group.rank == 1 and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("out of something")
+        return bounded(*inputs)
+
+    try:
+        CapturedStep(step, [model], batch(0, group.rank))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(not ON_GPUS, reason="needs GPUs")
+def test_a_capture_that_fails_on_one_rank_fails_on_all(rank_pools: Any) -> None:
+    assert set(rank_pools(2).run(a_capture_fails_on_one_rank)) == {"rank 1 of 2: out of something"}
