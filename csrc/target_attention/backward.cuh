@@ -1,6 +1,7 @@
 // Backward, first pass: as forward, a block takes a chunk of a sample's keys. It recomputes the scores, adds up dq, and writes
-// what each key's rows receive from the queries of this sample: straight into the gradient of a table row that has no other
-// member, otherwise as float32 to be added up, member by member, in the second pass (rows.cuh). No sum depends on timing.
+// what the second pass needs of each key. Where a sample has few query rows that is a coefficient for each (combine.cuh). Else it
+// is what the key's rows receive from the queries of this sample: straight into the gradient of a table row that has no other
+// member, otherwise as float32 to be added up, member by member (rows.cuh). No sum depends on timing.
 #pragma once
 
 #include "mma.cuh"
@@ -17,6 +18,7 @@ struct BackwardParameters {
   float* dv_members;  // null with one table
   bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
   float* pieces;      // of Sums
+  float2* coefficients;  // of Combine
 
   __device__ int64_t partial(int slot, int head_kv, int row) const {
     return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;
@@ -125,17 +127,20 @@ struct QueryTile {
   }
 };
 
-// kPlain: is_plain, and no gradient of weights.
-template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain>
+// kPlain: is_plain, and no gradient of weights. kCombines: what is left for the second pass are coefficients.
+template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain, bool kCombines = false>
 class MmaBackward {
   static constexpr bool kWide = sizeof(T) == 4;
+  static_assert(!kCombines || (kGroups == 1 && kOneTable));
 
  public:
-  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
+  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16,
+                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable, !kCombines>;
   static constexpr int kRows = 16 * kGroups, kBlocks = 2;
   static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
-    alignas(16) T p[kRows * kCoefficients], ds[kRows * kCoefficients];  // (query rows, keys)
+    static constexpr int kSize = kCombines ? 8 : kRows * kCoefficients;
+    alignas(16) T p[kSize], ds[kSize];  // (query rows, keys)
   };
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
@@ -174,6 +179,7 @@ class MmaBackward {
         }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     accumulate<Shape, kGroups>(dq_, ds, stage.k());
+    if constexpr (kCombines) return leave(p[0], ds[0], key, keys_left);
     hand_over(p, scratch_.p);
     hand_over(ds, scratch_.ds);
     __syncwarp();
@@ -183,6 +189,18 @@ class MmaBackward {
   __device__ void store(float* dq) { store_sums<T, kDim, kGroups>(dq, dq_); }
 
  private:
+  // The tile's coefficients: row_slots <= 8 rows, which the first half of each accumulator holds.
+  __device__ void leave(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], int key, int keys_left) {
+    if (row_of(0) >= b_.row_slots) return;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (const int column = column_of(n, i); column < keys_left)
+          b_.coefficients[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * b_.row_slots + row_of(0)] =
+              make_float2(ds[n][i], p[n][i]);
+  }
+
   using Place = typename RowWriter<Shape>::Place;
   static constexpr int kTables = kOneTable ? 1 : 2;
 
@@ -340,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
   do {  // once also without queries: the keys' gradients are then zeros
     shared.tile.load(b, rows, first);
     {
-      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.offsets);
+      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.index, b.g.offsets);
       __syncthreads();
       Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
       for (int tile = 0; tile < stream.tiles(); ++tile)

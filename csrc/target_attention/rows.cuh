@@ -13,7 +13,7 @@ constexpr int kAhead = 4;                   // members under way at a time
 
 struct Sums {
   const float* members;    // (keys, width)
-  const int64_t* rows;     // rows, order and offsets as in Problem and Gradients
+  const int64_t* index;    // index, order and offsets as in Gradients
   const int64_t* order;
   const int64_t* offsets;
   void* to;                // (table, width) of T
@@ -35,7 +35,7 @@ struct Segment {
 
   __device__ Segment() {}
   __device__ Segment(const Sums& s, int member) {
-    row = int(s.rows[member]);
+    row = int(s.index[member]);
     begin = int(s.offsets[row]), end = int(s.offsets[row + 1]);
   }
 };
@@ -53,10 +53,9 @@ __device__ void zero_empty_rows(const Sums& s, int block) {
 }
 
 // A warp adds up 32 places. Rows that lie wholly in them are finished; the first and the last piece meet their neighbours' in shared
-// memory, those that leave the block in `pieces`. The blocks after the last place zero the rows without members.
+// memory, those that leave the block in `pieces`.
 template <typename T>
-__global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s, int blocks) {
-  if (int(blockIdx.x) >= blocks) return zero_empty_rows<T>(s, blockIdx.x - blocks);
+__global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s) {
   __shared__ float4 shared[kSumWarps][2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int block_first = blockIdx.x * kSumPlaces, block_end = min(s.keys, block_first + kSumPlaces);
@@ -126,9 +125,12 @@ __global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s
   }
 }
 
-// Rows whose members several blocks added up: a warp for each block, and the row that starts in it and leaves it.
+// Rows whose members several blocks added up: a warp for each block, and the row that starts in it and leaves it. The blocks after
+// `joining` zero the rows without members.
 template <typename T>
-__global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int blocks) {
+__global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int joining) {
+  if (int(blockIdx.x) >= joining) return zero_empty_rows<T>(s, blockIdx.x - joining);
+  const int blocks = (s.keys + kSumPlaces - 1) / kSumPlaces;
   const int block = blockIdx.x * kSumWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block + 1 >= blocks) return;
   const Segment segment(s, int(s.order[(block + 1) * kSumPlaces - 1]));

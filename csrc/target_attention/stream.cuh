@@ -119,7 +119,7 @@ __device__ void load_queries(T* shared, const void* source, const Problem& p, co
 
 // ---- tiles of keys ---------------------------------------------------------------------------
 
-// kOneTable: values are the keys. kMembers: each key brings its table row and the bounds of that row's members.
+// kOneTable: values are the keys. kMembers: each key brings the row of the gradient it adds to and the bounds of that row's members.
 template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, bool kMembers_ = false>
 struct TileShape {
   using T = T_;
@@ -148,10 +148,10 @@ class KeyStream {
   static constexpr int kPerLane = kPieces > 32 ? kPieces / 32 : 1;  // pieces of a row that one lane copies
 
  public:
-  // offsets: with kMembers, where each table row's members start.
+  // index, offsets: with kMembers, the gradient's row of each key, and where each row's members start.
   __device__ KeyStream(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages,
-                       const int64_t* offsets = nullptr)
-      : p_(p), stages_(stages), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
+                       const int64_t* index = nullptr, const int64_t* offsets = nullptr)
+      : p_(p), stages_(stages), index_(index), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
     first_ = chunk.begin + int(threadIdx.x) / 32 * Shape::kTile;
     constexpr int kStep = kWarps * Shape::kTile;
     tiles_ = first_ < end_ ? (end_ - first_ + kStep - 1) / kStep : 0;
@@ -177,11 +177,12 @@ class KeyStream {
   __device__ void peek() {
     const int lane = threadIdx.x % 32, key = first_ + issued_ * kWarps * Shape::kTile + lane;
     const bool softmax = p_.normaliser == Normaliser::kSoftmax;
-    row_ = -1;
+    row_ = into_ = -1;
     present_ = false;
     weight_ = softmax ? -CUDART_INF_F : 0.f;
     if (lane < Shape::kTile && key < end_) {
       row_ = static_cast<int>(p_.rows[key]);
+      if (Shape::kMembers) into_ = static_cast<int>(index_[key]);
       weight_ = softmax ? 0.f : 1.f;
       if (weights_ == Weights::kPerKey) weight_ = p_.weight[key * p_.weight_stride_key];
       present_ = !softmax || weight_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
@@ -194,9 +195,9 @@ class KeyStream {
       Stage& stage = stages_[issued_ % Shape::kStages];
       if (lane < Shape::kTile) stage.weight[lane] = weight_;
       if (Shape::kMembers && lane < Shape::kTile) {
-        stage.row[lane] = row_;
-        copy_async_8(&stage.members[lane][0], offsets_ + max(row_, 0));
-        copy_async_8(&stage.members[lane][1], offsets_ + max(row_, 0) + 1);
+        stage.row[lane] = into_;
+        copy_async_8(&stage.members[lane][0], offsets_ + max(into_, 0));
+        copy_async_8(&stage.members[lane][1], offsets_ + max(into_, 0) + 1);
       }
       const int read = present_ ? row_ : -1, row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
 #pragma unroll
@@ -225,10 +226,10 @@ class KeyStream {
 
   const Problem& p_;
   Stage* stages_;
-  const int64_t* offsets_;
+  const int64_t *index_, *offsets_;
   int first_, end_, tiles_, head_;
   int issued_ = 0;
-  int row_;
+  int row_, into_;
   bool present_;
   float weight_;
   Weights weights_;
