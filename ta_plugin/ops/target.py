@@ -108,7 +108,7 @@ def _backward_in_torch(
         dq[q0:q1] = (scale * torch.einsum("tnh,nhd->thd", ds, k)).to(q.dtype)
         for to, share, queries in ((dk, scale * ds, q[q0:q1].to(wide)), (dv, p, g)):
             per_head = torch.einsum("tnh,thd->nhd", share, queries)
-            to[k0:k1] = per_head.view(k1 - k0, groups, -1, q.shape[2]).sum(2)
+            to[k0:k1] = per_head.view(k1 - k0, groups, q.shape[1] // groups, q.shape[2]).sum(2)
         if need_dweight:
             dpairs[k0:k1, : q1 - q0] = dw.transpose(0, 1).expand(-1, -1, q.shape[1])
     segments = rows if index is None else index, order, offsets

@@ -43,10 +43,8 @@ def build(device: str, dtype: torch.dtype, in_place: bool, **options: Any) -> tu
     assert op.implementation == "compiled", op.reason
     torch.manual_seed(0)
     table = Counted(ShardedTokenEmbedding(V, E, dtype=dtype, device=device), in_place)
-    maps = {
-        name: nn.Linear(E, E, bias=options.pop("bias", False))
-        for name in options.pop("maps", ("query", "key", "value"))
-    }
+    bias, names = options.pop("bias", False), options.pop("maps", ("query", "key", "value"))
+    maps = {name: nn.Linear(E, E, bias=bias) for name in names}
     options = {"strategy": "owner", "num_heads": H, **maps, **options}
     group = SSPGroup(None, device=torch.device(device))
     return TokenizedAttention(B, L, 1, table, group=group, **options).to(device, dtype), table
