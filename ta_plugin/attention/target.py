@@ -17,7 +17,6 @@ from ta_plugin.ops import Segments, expand
 from ta_plugin.ops.registry import define, is_compiled, load_kernel
 from ta_plugin.ops.target import TARGET_ATTENTION, RowsInPlace, attend
 
-
 _WIDE_BYTES = 164 << 10  # of shared memory, a little less than backward of more than 128 float32 columns takes
 
 
