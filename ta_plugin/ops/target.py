@@ -242,15 +242,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """`TARGET_ATTENTION`, with one table in place or with tables whose gradients are whole."""
     if isinstance(rows, Segments):
-        return TARGET_ATTENTION(  # type: ignore[no-any-return]
-            q, k_table, v_table, rows.index, None, rows.order, rows.offsets, *rest
-        )
+        return TARGET_ATTENTION(q, k_table, v_table, rows.index, None, rows.order, rows.offsets, *rest)
     segments = rows.segments
     inputs = (q, k_table, v_table, rows.rows, segments.index, segments.order, segments.offsets, *rest)
     if rows.record is None:
-        return TARGET_ATTENTION(*inputs)  # type: ignore[no-any-return]
+        return TARGET_ATTENTION(*inputs)
     anchor = torch.empty(0, device=q.device, requires_grad=True)  # backward runs also where q needs no gradient
-    return _InPlace.apply(anchor, rows.record, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+    return _InPlace.apply(anchor, rows.record, *inputs)
 
 
 def _weight_gradient(
