@@ -1,7 +1,7 @@
 // Backward, second pass where a sample has few query rows. The gradient of a table row is
 //   sum over its members u and the query rows r of u's sample:  ds[u, r] q[r] + p[u, r] dout[r],
 // members in order. A block keeps 64 bytes of every row of q and dout, of all samples, in shared memory: what moves are the
-// coefficients ds and p, 8 bytes a pair, and the gradient, once. Threads go by place in `order`, not by table row.
+// coefficients ds and p, in T, and the gradient, once. Threads go by place in `order`, not by table row.
 #pragma once
 
 #include "rows.cuh"
@@ -12,18 +12,41 @@ constexpr int kSliceBytes = 64;                // of a row: what a block's share
 constexpr int kPieceLanes = kSliceBytes / 16;  // lanes of a group, 16 bytes each
 constexpr int kMembers = 32 / kPieceLanes;     // groups of a warp: each adds up members of its own
 constexpr int kRun = kSumPlaces / kMembers;    // places of a group, one after the other; a warp has as many as a block of Sums
-constexpr int kMostCombinedRows = 8;           // query rows of a sample; beyond, moving rows costs less than reading so many
 
 struct Combine {
   Problem p;
   Gradients g;
   Sums sums;
-  const float2* coefficients;  // (keys, heads_kv, row_slots): ds, scaled, and p
+  const char* records;  // (keys, heads_kv)
   int row_slots;
 
   static int slices(const Problem& p, int element) { return (p.head_dim * element + kSliceBytes - 1) / kSliceBytes; }
   static size_t shared_bytes(const Problem& p, int row_slots) {
-    return size_t(p.samples) * row_slots * 2 * kSliceBytes + sizeof(int) * p.samples;
+    return size_t(p.samples) * row_slots * 2 * kSliceBytes;
+  }
+};
+
+// The coefficients of a record, d(score) and p of up to kRows query rows; the other way round where `turned`.
+template <typename T, int kRows>
+struct Coefficients {
+  static constexpr int kWords = kRows * 2 * int(sizeof(T)) / 16;
+  uint4 words[kWords];
+
+  __device__ void load(const char* record) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(record)[1 + i];
+  }
+  __device__ float2 of(int row, bool turned) const {
+    if constexpr (sizeof(T) == 2) {
+      const uint4 four = words[row / 4];
+      const uint32_t both = row % 4 == 0 ? four.x : row % 4 == 1 ? four.y : row % 4 == 2 ? four.z : four.w;
+      const uint32_t pair = __byte_perm(both, 0, turned ? 0x1032 : 0x3210);
+      return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    } else {
+      const uint4 two = words[row / 2];
+      const float ds = __uint_as_float(row % 2 == 0 ? two.x : two.z), p = __uint_as_float(row % 2 == 0 ? two.y : two.w);
+      return turned ? make_float2(p, ds) : make_float2(ds, p);
+    }
   }
 };
 
@@ -51,29 +74,16 @@ __device__ __forceinline__ void store_piece(T* to, const float (&sum)[kCount]) {
     for (int i = 0; i < kCount; i += 4) store_four(to + i, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
 }
 
-// A place of `order`: its key, the key's sample, and the segment it belongs to.
-struct Place {
-  int member, sample, row, begin, end;
-
-  __device__ Place from_lane(int lane) const {
-    return {__shfl_sync(~0u, member, lane, kPieceLanes), __shfl_sync(~0u, sample, lane, kPieceLanes),
-            __shfl_sync(~0u, row, lane, kPieceLanes), __shfl_sync(~0u, begin, lane, kPieceLanes),
-            __shfl_sync(~0u, end, lane, kPieceLanes)};
-  }
-};
-
 // kRows: at least row_slots. grid (any, heads_kv * slices)
 template <typename T, int kRows, int kBlock>
 __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
   extern __shared__ __align__(16) unsigned char bytes[];
   constexpr int kColumns = 16 / int(sizeof(T));  // of a lane
   const Problem& p = c.p;
-  const int pairs = p.samples * c.row_slots;
   uint4* const pieces = reinterpret_cast<uint4*>(bytes);  // (samples, row_slots, q and dout, kPieceLanes)
-  int* const begins = reinterpret_cast<int*>(pieces + pairs * 2 * kPieceLanes);
   const int slices = (p.head_dim * int(sizeof(T)) + kSliceBytes - 1) / kSliceBytes;
   const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kSliceBytes / int(sizeof(T)));
-  for (int i = threadIdx.x; i < pairs * 2 * kPieceLanes; i += kBlock) {
+  for (int i = threadIdx.x; i < p.samples * c.row_slots * 2 * kPieceLanes; i += kBlock) {
     const int row = i / (2 * kPieceLanes) % c.row_slots, column = first_column + i % kPieceLanes * kColumns;
     const QueryRows rows(p, i / (2 * kPieceLanes) / c.row_slots, head_kv);
     const T* const from = static_cast<const T*>(i / kPieceLanes % 2 == 0 ? p.q : c.g.dout);
@@ -82,85 +92,73 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
       piece = *reinterpret_cast<const uint4*>(from + rows.index(p, row) * p.head_dim + column);
     pieces[i] = piece;
   }
-  for (int b = threadIdx.x; b < p.samples; b += kBlock) begins[b] = p.cu_seqlens_k[b];
   __syncthreads();
 
   const int lane = threadIdx.x % 32, part = lane % kPieceLanes, group = lane / kPieceLanes;
   // Neighbouring groups read q and dout in opposite order: else both would want the same half of the banks.
-  const int turned = group % 2;
-  const int column = first_column + part * kColumns;
+  const bool turned = group % 2;
+  const int column = first_column + part * kColumns, at_column = head_kv * p.head_dim + column;
   const bool inside = column < p.head_dim;
-  const int at_column = head_kv * p.head_dim + column;
   const int places = int(c.g.offsets[c.g.table]);
   T* const to = static_cast<T*>(c.sums.to) + at_column;
-
-  int top = 1;
-  while (top * 2 < p.samples) top *= 2;
-  const auto sample_of = [&](int member) {
-    int sample = 0;
-    for (int step = top; step > 0; step /= 2)
-      if (sample + step < p.samples && begins[sample + step] <= member) sample += step;
-    return sample;
+  const auto key_at = [&](int place) { return place >= 0 && place < places ? int(c.g.order[place]) : -1; };
+  const auto record = [&](int key) {
+    return c.records + (int64_t(key) * p.heads_kv + head_kv) * record_bytes(sizeof(T), c.row_slots);
   };
-  const auto load = [&](float2 (&to)[kRows], int member) {
-    const float2* const from = c.coefficients + (int64_t(member) * p.heads_kv + head_kv) * c.row_slots;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (r < c.row_slots) to[r] = from[r];
-  };
+  // The gradient's row and the sample of a key; row -1 where there is none.
+  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : *reinterpret_cast<const int2*>(record(key)); };
 
   const int warps = gridDim.x * (kBlock / 32);
   for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
-    const int first = tile * kSumPlaces + group * kRun, end = min(first + kRun, places);
-    const auto member_at = [&](int place) { return place < end ? int(c.g.order[place]) : 0; };
-    float sum[kColumns] = {}, before[kColumns] = {};  // before: of the row that began before the run
+    const int first = tile * kSumPlaces + group * kRun;
+    float sum[kColumns] = {}, before[kColumns] = {};  // before: of a row that began before the run
     bool began_before = false, spans = false, opens = false;
-    int row_before = 0;
-    Place now{}, next{};
-    now.member = member_at(first + part);
-    int later = member_at(first + kPieceLanes + part);
-    now.row = int(c.g.index[now.member]);
-    now.begin = int(c.g.offsets[now.row]), now.end = int(c.g.offsets[now.row + 1]);
-    now.sample = sample_of(now.member);
-    float2 by[kRows], by_next[kRows];
-    load(by, __shfl_sync(~0u, now.member, 0, kPieceLanes));
+    int row_before = names_of(key_at(first - 1)).x;
+    int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
+    int2 names = names_of(key), names_next{};
+    Coefficients<T, kRows> by, by_next;
+    by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)));
+    int row = __shfl_sync(~0u, names.x, 0, kPieceLanes);
+    bool begun = row == row_before;
 #pragma unroll 1
-    for (int at = first; at < first + kRun; at += kPieceLanes, now = next) {
+    for (int at = first; at < first + kRun; at += kPieceLanes) {
+      int key_later = -1;
 #pragma unroll
       for (int s = 0; s < kPieceLanes; ++s) {
-        // The next places are looked up a step at a time, so that none waits for the one before.
-        if (s == 0) next.member = later, next.row = int(c.g.index[later]);
-        if (s == 1) next.begin = int(c.g.offsets[next.row]), next.end = int(c.g.offsets[next.row + 1]);
-        if (s == 2) next.sample = sample_of(next.member), later = member_at(at + 2 * kPieceLanes + part);
-        load(by_next, __shfl_sync(~0u, s + 1 < kPieceLanes ? now.member : next.member, (s + 1) % kPieceLanes, kPieceLanes));
-        const Place here = now.from_lane(s);
-        if (at + s < end) {
-          const uint4* const from = pieces + here.sample * c.row_slots * 2 * kPieceLanes + part;
+        // Keys are looked up two rounds ahead, their names one, their coefficients a step: nothing waits for the one before.
+        if (s == 0) names_next = names_of(key_next), key_later = key_at(at + 2 * kPieceLanes + part);
+        const bool last = s + 1 == kPieceLanes;
+        by_next.load(record(max(__shfl_sync(~0u, last ? key_next : key, (s + 1) % kPieceLanes, kPieceLanes), 0)));
+        const int sample = __shfl_sync(~0u, names.y, s, kPieceLanes);
+        const int row_next = __shfl_sync(~0u, last ? names_next.x : names.x, (s + 1) % kPieceLanes, kPieceLanes);
+        if (row >= 0) {
+          const uint4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
 #pragma unroll
           for (int r = 0; r < kRows; ++r)
             if (r < c.row_slots) {
-              const uint4 x = from[(2 * r + turned) * kPieceLanes], y = from[(2 * r + 1 - turned) * kPieceLanes];
-              add_piece(sum, x, turned ? by[r].y : by[r].x);
-              add_piece(sum, y, turned ? by[r].x : by[r].y);
+              const float2 coefficients = by.of(r, turned);
+              add_piece(sum, from[(2 * r + turned) * kPieceLanes], coefficients.x);
+              add_piece(sum, from[(2 * r + !turned) * kPieceLanes], coefficients.y);
             }
-          const bool ends = at + s + 1 == here.end, cut = at + s + 1 == end && !ends;
+          const bool ends = row != row_next, cut = at + s + 1 == first + kRun && !ends;
           if (ends || cut) {
-            opens = cut && here.begin >= first;
-            if (here.begin < first) {
-              began_before = true, spans = cut, row_before = here.row;
+            opens = cut && !begun;
+            if (begun) {
+              began_before = true, spans = cut, row_before = row;
 #pragma unroll
               for (int i = 0; i < kColumns; ++i) before[i] = sum[i];
             } else if (ends && inside) {
-              store_piece(to + int64_t(here.row) * c.sums.width, sum);
+              store_piece(to + int64_t(row) * c.sums.width, sum);
             }
+            begun = false;
             if (!opens)
 #pragma unroll
               for (int i = 0; i < kColumns; ++i) sum[i] = 0.f;
           }
         }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) by[r] = by_next[r];
+        by = by_next, row = row_next;
       }
+      key = key_next, key_next = key_later, names = names_next;
     }
 
     // Rows that lie in several runs, added up run by run; those that leave the warp's places go to `pieces` of Sums.

@@ -8,8 +8,13 @@ namespace target_attention {
 
 constexpr int kSumWarps = 8;
 constexpr int kSumPlaces = 32 * kSumWarps;  // of `order`, to a block
-constexpr int kZeroRows = 32 * 32;          // table rows in which a block looks for those without members
+constexpr int kZeroRows = kSumPlaces;       // table rows among which a block looks for those without members
 constexpr int kAhead = 4;                   // members under way at a time
+
+// What the first pass leaves of a key where coefficients are enough: its row of the gradient and its sample (two int32), after 16 bytes
+// d(score), scaled, and p of each query row, two elements.
+constexpr int kMostRecordedRows = 8;
+__host__ __device__ constexpr int record_bytes(int element, int rows) { return 16 + (rows <= 4 ? 4 : 8) * 2 * element; }
 
 struct Sums {
   const float* members;    // (keys, width)
@@ -42,14 +47,11 @@ struct Segment {
 
 template <typename T>
 __device__ void zero_empty_rows(const Sums& s, int block) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int first = block * kZeroRows + warp * 32; first < min(s.table, (block + 1) * kZeroRows); first += 32 * kSumWarps) {
-    const int row = first + lane;
-    uint32_t empty = __ballot_sync(~0u, row < s.table && s.offsets[row] == s.offsets[row + 1]);
-    for (; empty != 0; empty &= empty - 1)
-      for (int c = 4 * lane; c < s.width; c += 128)
-        store_four(static_cast<T*>(s.to) + int64_t(first + __ffs(empty) - 1) * s.width + c, make_float4(0.f, 0.f, 0.f, 0.f));
-  }
+  const int lane = threadIdx.x % 32, row = block * kZeroRows + threadIdx.x;
+  uint32_t empty = __ballot_sync(~0u, row < s.table && s.offsets[row] == s.offsets[row + 1]);
+  for (; empty != 0; empty &= empty - 1)
+    for (int c = 4 * lane; c < s.width; c += 128)
+      store_four(static_cast<T*>(s.to) + int64_t(row - lane + __ffs(empty) - 1) * s.width + c, make_float4(0.f, 0.f, 0.f, 0.f));
 }
 
 // A warp adds up 32 places. Rows that lie wholly in them are finished; the first and the last piece meet their neighbours' in shared
