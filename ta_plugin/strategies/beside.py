@@ -9,25 +9,30 @@ import torch
 
 
 class Beside:
-    """Lets work run beside what follows until `join`: inside a CUDA graph on a branch of it, which costs nothing; elsewhere in line.
+    """Lets work run beside what follows until `join`: inside a CUDA graph on branches of it, which cost nothing; elsewhere in line.
 
-    What the work returns may be used after `join` only, and every call that does the work joins, so that no capture ends with a branch.
+    What the work returns may be used after `join` only, and every call that does work joins, so that no capture ends with a branch.
     """
 
     def __init__(self, device: torch.device) -> None:
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self._stream = torch.cuda.Stream(device) if capturing else None
+        self._device = device
+        self._capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._branches: dict[str, torch.cuda.Stream] = {}
 
     @contextmanager
-    def work(self) -> Iterator[None]:
-        if self._stream is None:
+    def work(self, name: str) -> Iterator[None]:
+        """Runs what is done inside on the branch of this name, after all that was done before, there and here."""
+        if not self._capturing:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        # Tensors made here and used by the stream that joins need no more care: a branch begins by waiting for all that stream did
-        with torch.cuda.stream(self._stream):
+        if name not in self._branches:
+            self._branches[name] = torch.cuda.Stream(self._device)
+        branch = self._branches[name]
+        branch.wait_stream(torch.cuda.current_stream(self._device))
+        # tensors made here and used by the stream that joins need no more care: work begins by waiting for all that stream did
+        with torch.cuda.stream(branch):
             yield
 
     def join(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        for branch in self._branches.values():
+            torch.cuda.current_stream(self._device).wait_stream(branch)

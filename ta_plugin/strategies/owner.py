@@ -17,7 +17,8 @@ from ta_plugin.parallel import (
     start_all_to_all_rows,
 )
 from ta_plugin.routing import Route, rfc_positions
-from ta_plugin.strategies.partial import Cutoffs, Keys, OwnedTable, attend_targets
+from ta_plugin.strategies.in_place import OwnedTable
+from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
 from ta_plugin.strategies.ring import own
 from ta_plugin.unique_space import UniqueSpace

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,56 +13,11 @@ from ta_plugin.attention.projections import as_heads, with_one
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import RowWeights, Sides, target_weights
 from ta_plugin.attention.target import choose_target, target_attention
-from ta_plugin.embedding import EmbeddingFn, embed_owned
 from ta_plugin.ops import Segments, expand
 from ta_plugin.ops.target import RowsInPlace
-from ta_plugin.strategies.beside import Beside
+from ta_plugin.strategies.in_place import OwnedTable
 from ta_plugin.strategies.request import AttentionModules
 from ta_plugin.unique_space import UniqueSpace
-
-
-@dataclass(frozen=True)
-class OwnedTable:
-    """Embeddings of the distinct ids of a space's tokens, at their owner: looked up once each, or read where they lie.
-
-    Forward needs the distinct ids only to look them up, backward to add gradients up, so finding them runs beside what follows.
-    """
-
-    distinct: UniqueSpace
-    space: UniqueSpace
-    embedding_fn: EmbeddingFn
-    beside: Beside
-
-    @classmethod
-    def of(cls, space: UniqueSpace, modules: AttentionModules) -> OwnedTable:
-        beside = Beside(space.tokens.device)
-        with beside.work():
-            distinct = modules.distinct(space.tokens, space.end)
-        return cls(distinct, space, modules.embedding_fn, beside)
-
-    @cached_property
-    def looked_up(self) -> Tensor:
-        self.beside.join()
-        return embed_owned(self.distinct.tokens, self.embedding_fn)
-
-    @cached_property
-    def in_place(self) -> tuple[Tensor, RowsInPlace] | None:
-        """The whole table (R, E) and the rows of it that the space's rows name; None where the embedding does not offer it."""
-        fn: Any = self.embedding_fn
-        if not hasattr(fn, "in_place"):
-            return None
-        table, rows = fn.in_place(self.space.tokens)
-        if not table.is_contiguous():
-            return None
-        record: Callable[[Tensor], None] | None = None
-        if torch.is_grad_enabled() and getattr(fn, "trainable", True):
-            with self.beside.work():
-                distinct = fn.in_place(self.distinct.tokens)[1]
-
-            def record(grad: Tensor) -> None:
-                fn.record(distinct, grad.flatten(1))
-
-        return table, RowsInPlace(rows, self.distinct.segments, record)
 
 
 @dataclass(frozen=True)
@@ -123,8 +75,7 @@ def attend_targets(
 ) -> tuple[Tensor, Tensor | None]:
     """Packed queries q (Q, H, D) onto the rows held here: out (Q, H, Dv), and lse (Q, H) under softmax."""
     results = _attend_keys(modules, q, targets, keys, cutoffs)
-    if isinstance(keys.source, OwnedTable):
-        keys.source.beside.join()
+    modules.beside.join()
     return results
 
 
