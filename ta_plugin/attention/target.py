@@ -109,15 +109,16 @@ def target_attention(
     if weight is not None:
         weight = weight.to(torch.promote_types(q.dtype, torch.float32))
     choice = choose_target(backend, q, k_table, v_table, activation)
+    lse: Tensor | None
     if choice.name == "compiled":
         if max_seqlen_q is None:
             max_seqlen_q = int(cu_seqlens_q.diff().max()) if cu_seqlens_q.numel() > 1 else 0
-        out, lse = attend(
+        out, total = attend(
             q, k_table, v_table, segments, cu_seqlens_q, cu_seqlens_k, weight,
             None if q_chunk is None else q_chunk.long(), min(max_seqlen_q, q.shape[0]), scale,
             "silu" if _is_silu(activation) else normaliser,
         )  # fmt: skip
-        lse = lse if normaliser == "softmax" else None
+        lse = total if normaliser == "softmax" else None
     elif isinstance(segments, RowsInPlace):
         raise ValueError(
             f"rows are read in place by backend 'compiled', not {choice.name!r} ({choice.reason}); pass Segments"
@@ -169,7 +170,7 @@ def _limit(q: Tensor, k_table: Tensor, v_table: Tensor | None, activation: Activ
     if q.dtype not in (torch.bfloat16, torch.float32):
         return f"runs bfloat16 and float32 on CUDA, not {q.dtype}"
     if q.dtype == torch.float32 and width > 128:
-        has = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+        has = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", _WIDE_BYTES)
         limit = limit if has >= _WIDE_BYTES else 128
     if width * q.element_size() % 16 or not 0 < width <= limit:
         return f"needs rows of whole 16 bytes and at most {limit} elements on CUDA, not {width} of {q.dtype}"
