@@ -57,15 +57,16 @@ def batch(device: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def results(model: TokenizedAttention, table: Counted, given: dict[str, Tensor]) -> list[Tensor]:
-    """Output, gradients of parameters, and of the rows recorded for the keys: rows with their sums."""
+    """Output, gradients of parameters, and of the rows recorded for targets and for keys, each row once in its record."""
     out = model(**given)
     out.float().sin().sum().backward()
     recorded = table.table.take_recorded()
-    assert len(recorded) == 2  # targets and keys
-    rows, grad = max(recorded, key=lambda pair: pair[0].numel())
-    assert rows.unique().numel() == rows.numel() or not grad[rows.unique().numel() :].any()
-    dense = torch.zeros(V, E, dtype=grad.dtype, device=grad.device).index_add_(0, rows, grad)
-    return [out.detach(), dense, *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert len(recorded) == 2
+    dense = [torch.zeros(V, E, dtype=grad.dtype, device=grad.device) for _, grad in recorded]
+    for whole, (rows, grad) in zip(dense, recorded, strict=True):
+        assert not grad[rows.unique().numel() :].any()  # spare ones of a bounded space
+        whole.index_add_(0, rows, grad)
+    return [out.detach(), *dense, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 CASES: dict[str, tuple[dict[str, Any], int]] = {
