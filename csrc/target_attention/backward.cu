@@ -91,7 +91,7 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     if (parameters.row_slots > 16 && kSharedBytes<T, kDim, 2, kOneTable> <= shared_limit()) rows = 32;
   parameters.direct = parameters.row_slots <= rows;
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
-  else if (parameters.records != nullptr) TA_RETURN_IF_ERROR((launch_combined<T, kDim, kOneTable>(parameters, stream)));
+  else if (parameters.records.pairs != nullptr) TA_RETURN_IF_ERROR((launch_combined<T, kDim, kOneTable>(parameters, stream)));
   else if (rows == 16) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 1, kOneTable>(parameters, stream)));
   else if constexpr (kDim <= 128) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 2, kOneTable>(parameters, stream)));
   const Problem& p = parameters.p;
@@ -99,10 +99,10 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     merge_dq_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);
     TA_RETURN_IF_ERROR(cudaGetLastError());
   }
-  if (parameters.records != nullptr) {
+  if (parameters.records.pairs != nullptr) {
     const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
                     parameters.row_slots};
-    return parameters.row_slots <= 4 ? launch_combine<T, 4, 1024>(c, stream) : launch_combine<T, 8, 512>(c, stream);
+    return parameters.row_slots <= 4 ? launch_combine<T, 4, 768>(c, stream) : launch_combine<T, 8, 512>(c, stream);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));
@@ -126,7 +126,7 @@ size_t dq_bytes(const Problem& p) {
 
 // What the first pass leaves of the keys.
 size_t members_bytes(const Problem& p) {
-  if (combines(p)) return aligned(size_t(record_bytes(p.type == Type::kFloat ? 4 : 2, row_slots(p))) * p.keys * p.heads_kv);
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::name_bytes(p));
   return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
 }
 
@@ -156,7 +156,8 @@ cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cuda
   bytes += dq_bytes(p);
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   if (combines(p)) {
-    parameters.records = reinterpret_cast<char*>(bytes);
+    parameters.records.pairs = reinterpret_cast<float2*>(bytes);
+    parameters.records.names = reinterpret_cast<int2*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
   } else {
     parameters.dk_members = reinterpret_cast<float*>(bytes);
     if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);

@@ -18,7 +18,7 @@ struct BackwardParameters {
   float* dv_members;  // null with one table
   bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
   float* pieces;      // of Sums
-  char* records;      // of Combine, (keys, heads_kv)
+  Records records;    // of Combine
 
   __device__ int64_t partial(int slot, int head_kv, int row) const {
     return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;
@@ -193,21 +193,16 @@ class MmaBackward {
   // Of the tile's keys. Up to 8 query rows lie in the first half of each accumulator.
   __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], const typename Shape::Stage& stage,
                          int key, int keys_left) {
-    const int row = row_of(0), bytes = record_bytes(sizeof(T), b_.row_slots);
+    const int lane = threadIdx.x % 32, row = row_of(0), pairs = record_pairs(b_.row_slots);
+    if (writer_.head_kv == 0 && lane < keys_left) b_.records.names[key + lane] = make_int2(stage.row[lane], sample_);
     if (row >= b_.row_slots) return;
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = column_of(n, i);
-        if (column >= keys_left) continue;
-        char* const to = b_.records + (int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * bytes;
-        if (row == 0) *reinterpret_cast<int2*>(to) = make_int2(stage.row[column], sample_);
-        if constexpr (kWide)
-          *reinterpret_cast<float2*>(to + 16 + row * 8) = make_float2(ds[n][i], p[n][i]);
-        else
-          *reinterpret_cast<uint32_t*>(to + 16 + row * 4) = Half<T>::pack(ds[n][i], p[n][i]);
-      }
+      for (int i = 0; i < 2; ++i)
+        if (const int column = column_of(n, i); column < keys_left)
+          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
+              make_float2(ds[n][i], p[n][i]);
   }
 
   using Place = typename RowWriter<Shape>::Place;

@@ -1,7 +1,7 @@
 // Backward, second pass where a sample has few query rows. The gradient of a table row is
 //   sum over its members u and the query rows r of u's sample:  ds[u, r] q[r] + p[u, r] dout[r],
 // members in order. A block keeps 64 bytes of every row of q and dout, of all samples, in shared memory: what moves are the
-// coefficients ds and p, in T, and the gradient, once. Threads go by place in `order`, not by table row.
+// coefficients ds and p, 8 bytes a pair, and the gradient, once. Threads go by place in `order`, not by table row.
 #pragma once
 
 #include "rows.cuh"
@@ -17,7 +17,7 @@ struct Combine {
   Problem p;
   Gradients g;
   Sums sums;
-  const char* records;  // (keys, heads_kv)
+  Records records;
   int row_slots;
 
   static int slices(const Problem& p, int element) { return (p.head_dim * element + kSliceBytes - 1) / kSliceBytes; }
@@ -26,27 +26,18 @@ struct Combine {
   }
 };
 
-// The coefficients of a record, d(score) and p of up to kRows query rows; the other way round where `turned`.
-template <typename T, int kRows>
+// d(score) and p of up to kRows query rows; the other way round where `turned`.
+template <int kRows>
 struct Coefficients {
-  static constexpr int kWords = kRows * 2 * int(sizeof(T)) / 16;
-  uint4 words[kWords];
+  float4 two[kRows / 2];
 
-  __device__ void load(const char* record) {
+  __device__ void load(const float2* record) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(record)[1 + i];
+    for (int i = 0; i < kRows / 2; ++i) two[i] = reinterpret_cast<const float4*>(record)[i];
   }
   __device__ float2 of(int row, bool turned) const {
-    if constexpr (sizeof(T) == 2) {
-      const uint4 four = words[row / 4];
-      const uint32_t both = row % 4 == 0 ? four.x : row % 4 == 1 ? four.y : row % 4 == 2 ? four.z : four.w;
-      const uint32_t pair = __byte_perm(both, 0, turned ? 0x1032 : 0x3210);
-      return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-    } else {
-      const uint4 two = words[row / 2];
-      const float ds = __uint_as_float(row % 2 == 0 ? two.x : two.z), p = __uint_as_float(row % 2 == 0 ? two.y : two.w);
-      return turned ? make_float2(p, ds) : make_float2(ds, p);
-    }
+    const float ds = row % 2 == 0 ? two[row / 2].x : two[row / 2].z, p = row % 2 == 0 ? two[row / 2].y : two[row / 2].w;
+    return turned ? make_float2(p, ds) : make_float2(ds, p);
   }
 };
 
@@ -103,10 +94,10 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
   T* const to = static_cast<T*>(c.sums.to) + at_column;
   const auto key_at = [&](int place) { return place >= 0 && place < places ? int(c.g.order[place]) : -1; };
   const auto record = [&](int key) {
-    return c.records + (int64_t(key) * p.heads_kv + head_kv) * record_bytes(sizeof(T), c.row_slots);
+    return c.records.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
   };
   // The gradient's row and the sample of a key; row -1 where there is none.
-  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : *reinterpret_cast<const int2*>(record(key)); };
+  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : c.records.names[key]; };
 
   const int warps = gridDim.x * (kBlock / 32);
   for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
@@ -116,7 +107,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
     int row_before = names_of(key_at(first - 1)).x;
     int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
     int2 names = names_of(key), names_next{};
-    Coefficients<T, kRows> by, by_next;
+    Coefficients<kRows> by, by_next;
     by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)));
     int row = __shfl_sync(~0u, names.x, 0, kPieceLanes);
     bool begun = row == row_before;

@@ -26,7 +26,8 @@ class Beside:
             yield
             return
         if name not in self._branches:
-            self._branches[name] = torch.cuda.Stream(self._device)
+            # first in line for multiprocessors: what waits for a branch waits for all of it
+            self._branches[name] = torch.cuda.Stream(self._device, priority=-1)
         branch = self._branches[name]
         branch.wait_stream(torch.cuda.current_stream(self._device))
         # tensors made here and used by the stream that joins need no more care: work begins by waiting for all that stream did

@@ -276,7 +276,7 @@ def test_rows_in_place(device: str, dtype: torch.dtype, heads: int, heads_kv: in
         rows=RowsInPlace(case.rows, Segments.from_index(index, distinct.numel() + 3), recorded.append)
     )  # type: ignore[arg-type]
     results = run(named._replace(k_table=case.k_table.clone()))
-    assert torch.equal(results.pop("dk"), torch.zeros_like(case.k_table))  # the table is outside of the graph
+    assert "dk" not in results  # the table is outside of the graph
     assert len(recorded) == 1 and not recorded[0][distinct.numel() :].any()
     assert torch.equal(recorded[0][: distinct.numel()], whole["dk"][distinct])
     assert all(torch.equal(x, whole[name]) for name, x in results.items())
