@@ -36,8 +36,13 @@ class Keys:
     weights: RowWeights
 
     @classmethod
-    def owned(cls, table: OwnedTable, weights: RowWeights) -> Keys:
-        return cls(table, table.distinct.segments, table.space, weights)
+    def owned(cls, space: UniqueSpace, modules: AttentionModules) -> Keys:
+        """The rows of `space`, whose tokens this rank owns, without weights yet."""
+        table = OwnedTable.of(space, modules)
+        return cls(table, table.distinct.segments, space, RowWeights(None, None))
+
+    def weighted(self, weights: RowWeights) -> Keys:
+        return replace(self, weights=weights)
 
     @property
     def table(self) -> Tensor:
@@ -116,7 +121,7 @@ def _attend_embeddings(
     if here is not None:
         table, rows = as_heads(here[0], heads, "embedding"), here[1]
         if _gathers(scoring, q, table, None, keys, cutoffs):
-            return _gather(scoring, q, targets, table, None, rows, keys, cutoffs)
+            return _attend(scoring, q, targets, table, None, keys, cutoffs, rows)
     return _attend(scoring, q, targets, as_heads(keys.table, heads, "embedding"), None, keys, cutoffs)
 
 
@@ -128,11 +133,24 @@ def _attend(
     v_table: Tensor | None,
     keys: Keys,
     cutoffs: Cutoffs | None,
+    rows: RowsInPlace | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Queries onto table rows (G, Hk, D), gathered by a kernel where one covers the call, else written out per key."""
+    """Queries onto table rows (G, Hk, D), gathered by a kernel where one covers the call, else written out per key.
+
+    rows: of a table that is read in place, where a kernel covers the call
+    """
     space = keys.space
-    if _gathers(scoring, q, k_table, v_table, keys, cutoffs):
-        return _gather(scoring, q, targets, k_table, v_table, keys.rows(), keys, cutoffs)
+    if rows is not None or _gathers(scoring, q, k_table, v_table, keys, cutoffs):
+        weight, q_chunk = keys.weights.weight, None
+        if cutoffs is not None:
+            visible = cutoffs.positions[:, None] < cutoffs.cutoffs[space.sample_of_occurrences()]
+            weight, _ = target_weights(space, cutoffs.sides, visible, scoring.normaliser, q.dtype)
+            q_chunk = targets.index
+        return target_attention(
+            q, k_table, v_table, rows or keys.rows(), targets.cu_seqlens, space.cu_seqlens, weight,
+            scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
+            max_seqlen_q=targets.width, return_lse=True,
+        )  # fmt: skip
     if space.found is not None and q.is_cuda:
         raise ValueError(
             "row_bound is given, but the sizes would visit the host: no kernel of target_attention covers the call "
@@ -148,28 +166,6 @@ def _attend(
             k, v, weights = k[:rows], v[:rows], RowWeights(weights.weight[:rows], None)
         return attend_rows(scoring, q, targets.cu_seqlens, k, v, weights, space.cu_seqlens)
     return attend_before(scoring, q, targets, cutoffs.cutoffs, k, v, space, cutoffs.sides, cutoffs.positions)
-
-
-def _gather(
-    scoring: Scoring,
-    q: Tensor,
-    targets: PackedTargets,
-    k_table: Tensor,
-    v_table: Tensor | None,
-    rows: Segments | RowsInPlace,
-    keys: Keys,
-    cutoffs: Cutoffs | None,
-) -> tuple[Tensor, Tensor | None]:
-    space, weight, q_chunk = keys.space, keys.weights.weight, None
-    if cutoffs is not None:
-        visible = cutoffs.positions[:, None] < cutoffs.cutoffs[space.sample_of_occurrences()]
-        weight, _ = target_weights(space, cutoffs.sides, visible, scoring.normaliser, q.dtype)
-        q_chunk = targets.index
-    return target_attention(
-        q, k_table, v_table, rows, targets.cu_seqlens, space.cu_seqlens, weight,
-        scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
-        max_seqlen_q=targets.width, return_lse=True,
-    )  # fmt: skip
 
 
 def _gathers(
