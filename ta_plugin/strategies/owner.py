@@ -17,7 +17,6 @@ from ta_plugin.parallel import (
     start_all_to_all_rows,
 )
 from ta_plugin.routing import Route, rfc_positions
-from ta_plugin.strategies.in_place import OwnedTable
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
 from ta_plugin.strategies.ring import own
@@ -30,10 +29,10 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     Sent per rank: ids and weights once, then (N - 1) * Q * (2 D + 1) * H elements forward and as many backward, whatever the
     lengths are.
     """
+    alone = modules.group.size == 1 and request.cutoffs is None and not request.shared
+    early = Keys.owned(request.space, modules) if alone else None  # first, because it runs beside all that follows
     assert request.targets is not None
     projections, group = modules.projections, modules.group
-    alone = group.size == 1 and request.cutoffs is None and not request.shared
-    table = OwnedTable.of(request.space, modules) if alone else None  # first, because it runs beside all that follows
     rows = request.target_rows(modules)
     q = projections.queries(rows)
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")  # needs nothing of what is done for keys
@@ -42,7 +41,7 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     if request.shared:
         order, targets = everybody.together(group.size)
     if request.cutoffs is None:
-        keys, cutoffs = _owned_rows(request, modules, q.dtype, table), None
+        keys, cutoffs = _owned_rows(request, modules, q.dtype, early), None
     else:
         keys, owned_positions, sides = _owned_occurrences(request, modules, q.dtype)
         every_cutoff = _all_cutoffs(request, group)
@@ -62,11 +61,11 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     return out
 
 
-def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype, table: OwnedTable | None) -> Keys:
+def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype, early: Keys | None) -> Keys:
     """Distinct tokens and their folded weights, at their owners."""
     if request.shared:
-        owned, rows, segments = own(request, modules)
-        return Keys(rows, segments, owned.space, owned.fold(request.sides, modules.scoring.normaliser, dtype))
+        owned, table, segments = own(request, modules)
+        return Keys(table, segments, owned.space, owned.fold(request.sides, modules.scoring.normaliser, dtype))
     space, normaliser = request.space, modules.scoring.normaliser
     weights = RowWeights.fold(space, request.sides, normaliser, dtype)
     weight = weights.weight
@@ -74,7 +73,7 @@ def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype,
         weight = torch.full((space.num_rows,), 0.0 if normaliser == "softmax" else 1.0, device=space.tokens.device)
         weight = weight.to(torch.promote_types(dtype, torch.float32))
     if modules.group.size == 1:
-        return _keys(space, RowWeights(weight, weights.term), modules, table)
+        return _keys(space, RowWeights(weight, weights.term), modules, early)
     route = _route(space.tokens, space.cu_seqlens, request, modules)
     tokens = route.to_owners(space.tokens, "keys.ids")
     received = RowWeights(
@@ -119,8 +118,8 @@ def _owned_occurrences(request: Request, modules: AttentionModules, dtype: torch
     if request.encode is None:
         keys = _keys(owned, RowWeights(None, None), modules)
     else:  # the rows of `own` are in the same order: by the rank that read them first, and their place there
-        _, rows, segments = own(request, modules)
-        keys = Keys(rows, segments, owned, RowWeights(None, None))
+        _, table, segments = own(request, modules)
+        keys = Keys(table, segments, owned, RowWeights(None, None))
     return keys, owned_positions, sides
 
 
@@ -135,8 +134,8 @@ def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: Attent
     return Route.build(owners.owner_of(tokens), cu_seqlens, request.batch_sizes, modules.group)
 
 
-def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules, table: OwnedTable | None = None) -> Keys:
-    return Keys.owned(OwnedTable.of(space, modules) if table is None else table, weights)
+def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules, early: Keys | None = None) -> Keys:
+    return (early or Keys.owned(space, modules)).weighted(weights)
 
 
 def _all_cutoffs(request: Request, group: SSPGroup) -> Tensor:
