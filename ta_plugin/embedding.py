@@ -24,6 +24,11 @@ class EmbeddingFn(Protocol):
     It is called with global ids that this rank owns, (n,) int64, each once, and returns (n, D) floating; with no ids it
     returns (0, D), differentiable like the rest, so that every rank reaches the backward of the collectives. If it has a method
     `owner_of(ids)`, that decides ownership; otherwise a hash of the id does.
+
+    Kernels of target attention can read rows where they lie instead of asking for a copy of each. An embedding lets them by two more
+    methods. `in_place(ids)` gives its rows as a contiguous tensor (R, D), and which of them the owned ids (n,) have, which may repeat:
+    (n,) int64. `record(rows, grad)` takes the gradient (I, D) of distinct rows (I,) once per backward, spare entries with gradient 0
+    among them; the tensor must not be written to before. An attribute `trainable` that is False says that no gradient is wanted.
     """
 
     def __call__(self, ids: Tensor, /) -> Tensor: ...
@@ -36,11 +41,16 @@ class SharedEmbedding:
         self.table = table
         self.embedding_dim: int | None = getattr(table, "embedding_dim", None)
         self.vocab_size = vocab_size_of(table)
-        if hasattr(table, "owner_of"):
-            self.owner_of = table.owner_of
+        for method in ("owner_of", "in_place", "record"):
+            if hasattr(table, method):
+                setattr(self, method, getattr(table, method))
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.table(ids)
+
+    @property
+    def trainable(self) -> bool:
+        return getattr(self.table, "trainable", True)
 
 
 def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
@@ -166,6 +176,13 @@ class ShardedTokenEmbedding(nn.Module):
             0, device=self.rows.device, requires_grad=self.trainable
         )  # makes autograd call backward, also with no ids
         return _OwnedRows.apply(anchor, self.owners.local_row(ids), self)
+
+    def in_place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's rows (R, D), and the row among them of each of the owned global ids (n,) int64: (n,) int64."""
+        rows = self.owners.local_row(ids)
+        if self.group.size > 1:  # within a shard also where bounds will find an id of a batch wrong
+            rows = rows.clamp_(max=max(self.rows.shape[0] - 1, 0))
+        return self.rows, rows
 
     def record(self, rows: Tensor, grad: Tensor) -> None:
         """Add the gradient (n, D) of local rows (n,) to what the next `step()` applies. Backward calls this."""

@@ -221,7 +221,11 @@ class UniqueSpace:
 
     def log_counts(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """log multiplicity (U,), or None where every count is 1 and the weights would all be 0."""
-        return None if self.all_distinct else self.counts.to(torch.promote_types(dtype, torch.float32)).log()
+        if self.all_distinct:
+            return None
+        wide = torch.promote_types(dtype, torch.float32)
+        # the logarithm of integers is of the default type, without a copy of them in between
+        return self.counts.log() if wide == torch.get_default_dtype() else self.counts.to(wide).log()
 
     def fold_bias(self, bias: Tensor) -> Tensor:
         """Additive per-occurrence score biases b_j (B, L[, H]) or (M[, H]) to log weights w_u = logsumexp b_j (U[, H]).

@@ -51,6 +51,12 @@ class Rows(nn.Module):
     def owner_of(self, ids: Tensor) -> Tensor:
         return self.owners.owner_of(ids)
 
+    def in_place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows, self.owners.local_row(ids)
+
+    def record(self, rows: Tensor, grad: Tensor) -> None:
+        self.recorded.append((rows, grad))
+
     def forward(self, ids: Tensor) -> Tensor:
         return _Look.apply(torch.empty(0, device=ids.device, requires_grad=True), self.owners.local_row(ids), self)
 
@@ -64,7 +70,7 @@ class _Look(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.table.recorded.append((ctx.saved_tensors[0], grad))
+        ctx.table.record(ctx.saved_tensors[0], grad)
         return grad.new_empty(0), None, None
 
 
