@@ -30,12 +30,12 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     Sent per rank: ids and weights once, then (N - 1) * Q * (2 D + 1) * H elements forward and as many backward, whatever the
     lengths are.
     """
-    alone = modules.group.size == 1 and request.cutoffs is None and not request.shared
-    early = Keys.owned(request.space, modules) if alone else None  # first, because it runs beside all that follows
     assert request.targets is not None
     projections, group = modules.projections, modules.group
     if modules.bounds is not None and group.size > 1:
         return bounded_owner(request, modules)
+    alone = group.size == 1 and request.cutoffs is None and not request.shared
+    early = Keys.owned(request.space, modules) if alone else None  # first, because it runs beside all that follows
     rows = request.target_rows(modules)
     q = projections.queries(rows)
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")  # needs nothing of what is done for keys
