@@ -6,6 +6,7 @@ Ranks are processes in a gloo group on the CPU or, with TA_TEST_DEVICES=cuda, in
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import socket
@@ -31,15 +32,19 @@ def at_most(ranks: int) -> int:
 
 @contextlib.contextmanager
 def own_groups() -> Iterator[None]:
-    """Destroys, on every rank of the pool, the process groups that the block made, so that the pool outlives many such blocks."""
+    """Destroys, on every rank of the pool, the process groups that the block made, so that the pool outlives many such blocks.
+
+    Not on GPUs: NCCL ends a communicator on all its ranks together, and one group holds several, in no order that ranks share.
+    """
     import torch.distributed as dist
 
     groups = dist.distributed_c10d._world.pg_map
     before = set(groups)
     yield
     dist.barrier()  # nobody waits in one of them any more
-    for group in set(groups) - before:
-        dist.destroy_process_group(group)
+    if not ON_GPUS:
+        for group in [group for group in groups if group not in before]:  # in the order in which every rank made them
+            dist.destroy_process_group(group)
     gc.collect()  # models, full of cycles, hold them
 
 
@@ -137,12 +142,14 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             fn, args = pipe.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(TIMEOUT_S // 2)  # who hangs says where
         try:
             with landing:
                 result = fn(*args)
             outcome = (True, (_on_cpu(result), len(dist.distributed_c10d._world.pg_map)))
         except BaseException:
             outcome = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
         pipe.send(outcome)
 
 
