@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import gc
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -60,6 +59,7 @@ class RankPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._workers: list[Any] = []
+        self._store: Any = None  # where the ranks meet
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """fn must be importable (module level) and its arguments picklable. Raises the first rank's failure as an AssertionError."""
@@ -81,14 +81,15 @@ class RankPool:
     def _ask(self, fn: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> list[tuple[bool, Any]]:
         """(whether it succeeded, then (result, process groups alive) or a traceback) of every rank; silence is failure."""
         for _, pipe in self._workers:
-            pipe.send((fn, args))
+            with contextlib.suppress(OSError):  # of a rank that died, which shows below
+                pipe.send((fn, args))
         deadline = time.monotonic() + seconds
         outcomes: list[tuple[bool, Any]] = []
         for _, pipe in self._workers:
             try:
                 answered = pipe.poll(max(0.0, deadline - time.monotonic()))
                 outcomes.append(pipe.recv() if answered else (False, f"did not answer within {seconds:.0f} s"))
-            except EOFError:
+            except (EOFError, OSError):
                 outcomes.append((False, "died"))
         return outcomes
 
@@ -97,12 +98,14 @@ class RankPool:
             pipe.close()
             process.kill()
             process.join()
-        self._workers = []
+        self._workers, self._store = [], None
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        # a port that this process holds: one that was only found free may be taken when rank 0 opens it
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         context = get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -135,7 +138,11 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
         torch.cuda.set_device(rank)
         landing = OnDevice(torch.device("cuda", rank))
     dist.init_process_group(
-        "nccl" if ON_GPUS else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
+        "nccl" if ON_GPUS else "gloo",
+        store=dist.TCPStore("127.0.0.1", port, is_master=False),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=TIMEOUT_S),
     )
     while True:
         try:
