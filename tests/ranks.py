@@ -6,9 +6,9 @@ Ranks are processes in a gloo group on the CPU or, with TA_TEST_DEVICES=cuda, in
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,15 +31,19 @@ def at_most(ranks: int) -> int:
 
 @contextlib.contextmanager
 def own_groups() -> Iterator[None]:
-    """Destroys, on every rank of the pool, the process groups that the block made, so that the pool outlives many such blocks."""
+    """Destroys, on every rank of the pool, the process groups that the block made, so that the pool outlives many such blocks.
+
+    Not on GPUs: NCCL ends a communicator on all its ranks together, and one group holds several, in no order that ranks share.
+    """
     import torch.distributed as dist
 
     groups = dist.distributed_c10d._world.pg_map
     before = set(groups)
     yield
     dist.barrier()  # nobody waits in one of them any more
-    for group in set(groups) - before:
-        dist.destroy_process_group(group)
+    if not ON_GPUS:
+        for group in [group for group in groups if group not in before]:  # in the order in which every rank made them
+            dist.destroy_process_group(group)
     gc.collect()  # models, full of cycles, hold them
 
 
@@ -55,6 +59,7 @@ class RankPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._workers: list[Any] = []
+        self._store: Any = None  # where the ranks meet
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """fn must be importable (module level) and its arguments picklable. Raises the first rank's failure as an AssertionError."""
@@ -76,14 +81,15 @@ class RankPool:
     def _ask(self, fn: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> list[tuple[bool, Any]]:
         """(whether it succeeded, then (result, process groups alive) or a traceback) of every rank; silence is failure."""
         for _, pipe in self._workers:
-            pipe.send((fn, args))
+            with contextlib.suppress(OSError):  # of a rank that died, which shows below
+                pipe.send((fn, args))
         deadline = time.monotonic() + seconds
         outcomes: list[tuple[bool, Any]] = []
         for _, pipe in self._workers:
             try:
                 answered = pipe.poll(max(0.0, deadline - time.monotonic()))
                 outcomes.append(pipe.recv() if answered else (False, f"did not answer within {seconds:.0f} s"))
-            except EOFError:
+            except (EOFError, OSError):
                 outcomes.append((False, "died"))
         return outcomes
 
@@ -92,12 +98,14 @@ class RankPool:
             pipe.close()
             process.kill()
             process.join()
-        self._workers = []
+        self._workers, self._store = [], None
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        # a port that this process holds: one that was only found free may be taken when rank 0 opens it
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         context = get_context("spawn")
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -130,19 +138,25 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
         torch.cuda.set_device(rank)
         landing = OnDevice(torch.device("cuda", rank))
     dist.init_process_group(
-        "nccl" if ON_GPUS else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
+        "nccl" if ON_GPUS else "gloo",
+        store=dist.TCPStore("127.0.0.1", port, is_master=False),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=TIMEOUT_S),
     )
     while True:
         try:
             fn, args = pipe.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(TIMEOUT_S // 2)  # who hangs says where
         try:
             with landing:
                 result = fn(*args)
             outcome = (True, (_on_cpu(result), len(dist.distributed_c10d._world.pg_map)))
         except BaseException:
             outcome = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
         pipe.send(outcome)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def packed(
-    dtype: torch.dtype, per_head: bool, lens_q: list[int], lens_k: list[int]
+    dtype: torch.dtype, per_head: bool, lens_q: list[int], lens_k: list[int], dim: int = 64
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     torch.manual_seed(0)
     cu_q, cu_k = (torch.tensor([0, *lens]).cumsum(0).int().cuda() for lens in (lens_q, lens_k))
-    heads, kv_heads, dim = 4, 2, 64
+    heads, kv_heads = 4, 2
     q = torch.randn(int(cu_q[-1]), heads, dim, device="cuda", dtype=dtype)
     k, v = (torch.randn(int(cu_k[-1]), kv_heads, dim, device="cuda", dtype=dtype) for _ in range(2))
     weight = torch.randn(int(cu_k[-1]), *((heads,) if per_head else ()), device="cuda").mul(4)
@@ -53,13 +54,19 @@ def test_flex_against_float64(lens: Any, dtype: torch.dtype, per_head: bool) -> 
         assert error < tolerance
 
 
+@pytest.mark.parametrize("dim", [8, 15])  # narrower than torch's kernel takes
+def test_flex_with_small_head_dims_against_float64(dim: int) -> None:
+    inputs, *bounds = packed(torch.float32, True, [300, 0, 70, 129], [411, 5, 0, 130], dim)
+    assert max(errors_of("flex", inputs, bounds)) < 1e-5
+
+
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 
 
-def errors_of(backend: str, inputs: list[Tensor | None], bounds: tuple[Tensor, Tensor], **options: Any) -> list[float]:
-    """Relative errors of out, lse and the gradients of a backend in bf16 against the reference in float64."""
+def errors_of(backend: str, inputs: Sequence[Tensor | None], bounds: Sequence[Tensor], **options: Any) -> list[float]:
+    """Relative errors of out, lse and the gradients of a backend against the reference in float64."""
     results = []
     for name, kind in ((backend, None), ("reference", torch.float64)):
         leaves = [None if x is None else x.detach().clone().to(kind or x.dtype).requires_grad_() for x in inputs]

@@ -124,7 +124,8 @@ def prepare(
     Parameters that sharding replaced are removed from `optimizer` and `model_parameters`, in place.
     """
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))  # as the engine will: the exchange needs it
-    block = agree_on_block(config, world_group())
+    world = world_group()
+    block = agree_on_block(config, world)
     if block is None:
         return None
     mpu = model.mpu() if isinstance(model, PipelineModule) else mpu
@@ -132,7 +133,7 @@ def prepare(
     sequence_group = _sequence_group(mpu) if block.layout == "sequence" else None
     size = sequence_group.size if block.size is None and sequence_group is not None else block.size
     group = create_groups(size, mpu)
-    conversion = convert(model, block, group, sequence_group)
+    conversion = convert(model, block, group, sequence_group, world)
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) >= 2 or zero.get("overlap_comm"):
         _call_alike_on_every_rank(model)

@@ -54,7 +54,8 @@ class TokenizedAttentionConfig(DeepSpeedConfigModel):
     shard_embeddings: shard an nn.Embedding that only TokenizedAttention modules use, and ShardedTokenEmbedding tables built whole
     embeddings:       patterns of names of further nn.Embedding modules to shard, looked up by ids of any shape ("encoder.tok*")
     optimizer:        of sharded rows; by default a table's own, and row-wise Adagrad for an nn.Embedding
-    modules:          patterns of names of attention modules to run on distinct tokens: nn.MultiheadAttention, Hugging Face
+    modules:          patterns of names of attention modules to run on distinct tokens: nn.MultiheadAttention, Hugging Face. Then all
+                      ranks call the model equally often while gradients are on: a bad batch on one raises on all
     tokens:           with `modules`: the argument of the model's forward that holds the ids (B, L)
     lengths:          with `modules`: the argument that holds lengths (B,), or a mask (B, L) of valid slots, padded right
     verify:           with `modules`: check on their first forward that equal tokens have equal hidden states

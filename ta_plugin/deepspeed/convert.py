@@ -49,11 +49,16 @@ class Conversion:
 
 
 def convert(
-    model: nn.Module, block: TokenizedAttentionConfig, group: SSPGroup, sequence_group: SSPGroup | None = None
+    model: nn.Module,
+    block: TokenizedAttentionConfig,
+    group: SSPGroup,
+    sequence_group: SSPGroup | None = None,
+    world: SSPGroup | None = None,
 ) -> Conversion:
     """Apply the block to a model in place. Collective over the group, which must be the same call on every rank of it.
 
     sequence_group: Ulysses' group, with the "sequence" layout
+    world:          the ranks that train together, `group` by default: what `modules` find wrong on one of them raises on all
     """
     _check_backend(block, group)
     _check_patterns(model, block)
@@ -76,7 +81,7 @@ def convert(
         if not isinstance(module, own) and callable(getattr(module, "regroup", None)):
             module.regroup(group)
             done.changed.append((name, f"{type(module).__name__}.regroup()"))
-    _tokenize_modules(model, block, done)
+    _tokenize_modules(model, block, done, group if world is None else world)
     if done.left and block.inexact == "error":
         reasons = "; ".join(f"{name}: {why}" for name, why in done.left)
         raise ValueError(f'{BLOCK}.inexact is "error", and these would be left as they are: {reasons}')
@@ -271,7 +276,7 @@ def _rule(block: TokenizedAttentionConfig, name: str, done: Conversion) -> RowOp
     return block.optimizer.build()
 
 
-def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: Conversion) -> None:
+def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: Conversion, together: SSPGroup) -> None:
     """nn.MultiheadAttention and Hugging Face attention modules that the block names."""
     if not block.modules:
         return
@@ -279,7 +284,7 @@ def _tokenize_modules(model: nn.Module, block: TokenizedAttentionConfig, done: C
     if isinstance(model, PipelineModule):
         done.left.append(("", f"{BLOCK}.modules has no effect in a pipeline: token ids do not reach later stages"))
         return
-    plan = TokenPlan(block.tokens, block.lengths, done.group, verify=block.verify, row_multiple=block.row_multiple)
+    plan = TokenPlan(block.tokens, block.lengths, together, verify=block.verify, row_multiple=block.row_multiple)
     scoring = block.scoring()
     named = [
         (name, module)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ta_plugin.checks import check_grid, check_tensor
+from ta_plugin.checks import check_grid, check_length_grid, check_tensor
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.unique_space import UniqueSpace
 
@@ -18,6 +18,7 @@ class TokenPlan:
 
     tokens:  name of the argument that holds ids (B, L) int64
     lengths: name of the argument that holds lengths (B,) or a mask (B, L) of valid slots; None: every slot is valid
+    group:   whose ranks train together: what one of them finds wrong raises on all
     verify:  the first time a module asks, check on every rank that equal tokens have equal hidden states
     row_multiple: modules run on a multiple of so many rows, spare ones included
     """
@@ -31,7 +32,11 @@ class TokenPlan:
         self._to_verify: set[int] | None = set() if verify else None
 
     def follow(self, model: nn.Module) -> None:
-        """Rebuild the plan from every call of `model`."""
+        """Rebuild the plan from every call of `model`.
+
+        With gradients on, calls are collective and a ValueError about the batch of one rank raises on all, which would wait for it in
+        backward otherwise. Without, a rank may evaluate alone.
+        """
         signature = inspect.signature(model.forward)
         for name in (self.tokens, self.lengths):
             if name is not None and name not in signature.parameters:
@@ -41,23 +46,37 @@ class TokenPlan:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind(*args, **kwargs).arguments
-            self.build(given.get(self.tokens), None if self.lengths is None else given.get(self.lengths))
+            error = None
+            try:
+                self.build(given.get(self.tokens), None if self.lengths is None else given.get(self.lengths))
+            except ValueError as failure:
+                error = failure
+            if torch.is_grad_enabled():
+                exchange_header(self.group, [], error)
+            elif error is not None:
+                raise error
 
         model.register_forward_pre_hook(before, with_kwargs=True)
 
     def build(self, tokens: Tensor | None, lengths: Tensor | None) -> None:
-        """From ids (B, L) and lengths (B,) or a mask (B, L)."""
+        """From ids (B, L) int64 and lengths (B,) int64 or a mask (B, L). Raises ValueError for others, on this rank alone."""
         check_tensor(self.tokens, tokens)
         assert tokens is not None
         check_grid(self.tokens, tokens, tokens.device)
         batch, width = tokens.shape
         if lengths is None:
             lengths = torch.full((batch,), width, dtype=torch.int64, device=tokens.device)
-        elif lengths.dim() == 2:
+        check_tensor(str(self.lengths), lengths)
+        if lengths.dim() == 2:
+            if lengths.shape != tokens.shape:
+                raise ValueError(
+                    f"{self.lengths} has shape {tuple(lengths.shape)}; pass a mask of shape {tuple(tokens.shape)}, or lengths ({batch},)"
+                )
             mask = lengths.bool()
             lengths = mask.sum(1)
             if not torch.equal(mask, torch.arange(width, device=mask.device) < lengths[:, None]):
                 raise ValueError(f"{self.lengths} has valid slots behind padding; pad on the right")
+        check_length_grid(str(self.lengths), lengths, batch, tokens.device)
         space = UniqueSpace.from_padded(tokens, lengths)
         assert space.slots is not None
         self.space = space.with_spare_rows(self.row_multiple)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 
 import torch
@@ -10,8 +11,9 @@ from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 
 from ta_plugin.attention import Scoring, causal_attention, self_attention
+from ta_plugin.checks import check_grid, check_lengths
 from ta_plugin.deepspeed.plan import TokenPlan
-from ta_plugin.parallel import SSPGroup
+from ta_plugin.parallel import SSPGroup, exchange_header
 
 
 class TokenizedUlyssesAttention(nn.Module):
@@ -39,12 +41,39 @@ class TokenizedUlyssesAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """q, k, v (B, L / N, H, D) and tokens (B, L / N) of this rank's chunk -> (B, L / N, H, D). Collective over the group.
 
-        lengths: (B,) int64 of the whole sequences, L by default; rows past them are 0. H must be a multiple of N.
+        lengths: (B,) int64 of the whole sequences, L by default; rows past them are 0. H must be a multiple of N. What is wrong on one
+        rank, chunks of other sizes and other lengths raise ValueError on every rank.
         """
+        self._agree((q, k, v), tokens, lengths)
         self._plan.build(self._whole(tokens), lengths)
         if self._group.group is None:
             return self._attend(q, k, v)
         return self._attend(q, k, v, 0)
+
+    def _agree(self, grids: tuple[Tensor, ...], tokens: Tensor, lengths: Tensor | None) -> None:
+        """What a rank finds wrong raises on all, before anything that depends on the shapes of all is exchanged."""
+        error, fields = None, [0, 0, 0]
+        try:
+            check_grid("tokens", tokens, grids[0].device)
+            batch, width = tokens.shape
+            for name, x in zip("qkv", grids, strict=True):
+                if x.dim() != 4 or x.shape[:2] != tokens.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(x.shape)}; pass ({batch}, {width}, heads, head_dim), as tokens has"
+                    )
+            check_lengths("lengths", lengths, batch, width * self._group.size, tokens.device)
+            fields = [batch, width, 0 if lengths is None else zlib.crc32(str(lengths.tolist()).encode())]
+        except ValueError as failure:
+            error = failure
+        first, *others = exchange_header(self._group, fields, error)
+        for rank, other in enumerate(others, 1):
+            if other[:2] != first[:2]:
+                raise ValueError(
+                    f"tokens has shape {tuple(first[:2])} on rank 0 but {tuple(other[:2])} on rank {rank}; give every rank an equal chunk "
+                    "of the same sequences"
+                )
+            if other != first:
+                raise ValueError(f"lengths differ between rank 0 and rank {rank}; pass those of the whole sequences")
 
     def _whole(self, tokens: Tensor) -> Tensor:
         """The ids of the whole sequences (B, L) from every rank's chunk."""

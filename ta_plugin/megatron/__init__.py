@@ -10,6 +10,7 @@ from ta_plugin.megatron.layer_specs import (
     tokenized_layer_spec,
 )
 from ta_plugin.megatron.loss import count_labels, loss_function
+from ta_plugin.megatron.microbatches import check_microbatches
 from ta_plugin.megatron.model import TokenizedModel
 from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, plan_microbatch
 from ta_plugin.megatron.token_keyed import get_token_keyed_block_spec, get_token_keyed_layer_spec, plan_causal
@@ -22,6 +23,7 @@ __all__ = [
     "TokenizedModel",
     "TokenizedSeqParams",
     "causal_layer_spec",
+    "check_microbatches",
     "count_labels",
     "create_ssp_groups",
     "get_causal_layer_spec",

@@ -160,7 +160,8 @@ class TokenizedModel(LanguageModule):
 
         rotary_pos_emb: for the stock layers of a mixed stack, instead of what rotary_base gives
 
-        Collective over SSP, TP, CP and EP. Ids that are negative or not below vocab_size raise ValueError on every rank of SSP.
+        Collective over SSP, TP, CP and EP. Ids that are negative or not below vocab_size raise ValueError on every rank of SSP. A
+        pipeline's other stages would wait for those: `check_microbatches`, once per step, raises on all.
         """
         plan = self._agreed_plan(tokens, lengths, labels, plan)
         layout = layout_of(plan)

@@ -29,8 +29,16 @@ def test_casting_the_module_costs_no_precision(kind: str, dtype: torch.dtype) ->
         torch.testing.assert_close(decay.log_decay.grad, got.detach().to(dtype), rtol=0, atol=0)
 
 
-def test_parts_are_the_heads_of_their_ranks() -> None:
-    assert torch.equal(torch.cat([HeadDecay("alibi", 12, part=part, parts=3)() for part in range(3)]), alibi_slopes(12))
+def test_learned_decays_start_from_alibi_which_moves_with_its_module_and_is_not_saved() -> None:
+    torch.testing.assert_close(HeadDecay("learned", 12)(), alibi_slopes(12))
+    assert HeadDecay("alibi", 12).to("meta")().device.type == "meta"
+    assert not HeadDecay("alibi", 12).state_dict()
+
+
+@pytest.mark.parametrize("kind", ["alibi", "learned"])
+def test_parts_are_the_heads_of_their_ranks(kind: str) -> None:
+    parts = [HeadDecay(kind, 12, part=part, parts=3)() for part in range(3)]
+    torch.testing.assert_close(torch.cat(parts), HeadDecay(kind, 12)(), rtol=0, atol=0)
     assert HeadDecay("none", 4)() is None
     with pytest.raises(ValueError, match="decay is 'rope'; pass 'none'"):
         HeadDecay("rope", 4)

@@ -92,6 +92,49 @@ def test_positions_below_are_an_error_on_every_rank(engines_on: Any) -> None:
     assert all("rank 1 of 2: equal tokens have different hidden states" in message for message in messages)
 
 
+BAD_GRIDS = {
+    "ids is torch.int32": lambda ids, mask: (ids.int(), mask),
+    f"ids has shape (3, {LENGTH}, 1)": lambda ids, mask: (ids[..., None], mask),
+    f"lengths has shape (3, {LENGTH - 1})": lambda ids, mask: (ids, mask[:, 1:]),
+    "lengths has valid slots behind padding": lambda ids, mask: (ids, mask.flip(1)),
+    "lengths is torch.int64 of shape (2,)": lambda ids, mask: (ids, mask.sum(1)[1:]),
+    f"lengths lie in [1, {LENGTH + 1}]": lambda ids, mask: (ids, torch.tensor([1, 2, LENGTH + 1])),
+    "lengths is a list": lambda ids, mask: (ids, mask.tolist()),
+}
+
+
+def bad_grids(size: int) -> list[str]:
+    """What rank 1's bad batches raise here; good batches train in between, and without gradients a rank evaluates alone."""
+    block = {"modules": ["layers.*.self_attn"], "tokens": "ids", "lengths": "lengths"}
+    model = Encoder()
+    engine = build_engine(model, Setup(size=size, block=block))
+    good, lengths, *_ = batch(0, dist.get_rank())
+    mask = torch.arange(LENGTH) < torch.tensor([[1], [2], [LENGTH - 1]])
+    messages = []
+    for spoil in BAD_GRIDS.values():
+        ids, bad = spoil(good, mask) if dist.get_rank() == 1 else (good, lengths)
+        with pytest.raises(ValueError) as caught:
+            engine(ids, bad)
+        messages.append(str(caught.value))
+        engine.backward(engine(good, lengths.clamp(min=1)))
+        engine.step()
+    with torch.no_grad():
+        if dist.get_rank() == 1:
+            model(good, lengths)
+            with pytest.raises(ValueError, match=r"^ids is torch.int32"):
+                model(good.int(), lengths)
+    engine.destroy()
+    return messages
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_bad_grid_on_one_rank_raises_on_every_rank(engines_on: Any, size: int) -> None:
+    first, second = engines_on(2).run(bad_grids, size)
+    assert first == second
+    for message, says in zip(first, BAD_GRIDS, strict=True):
+        assert message.startswith(f"rank 1 of 2: {says}"), message
+
+
 def what_is_left() -> None:
     block = {"modules": ["*"], "tokens": "ids", "lengths": "lengths"}
     engine = build_engine(Encoder(dropout=0.1), Setup(block=block))

@@ -365,3 +365,37 @@ def causal_ulysses(size: int) -> None:
 def test_causal_ulysses_equals_attention_over_positions(engines_on: Any) -> None:
     causal_ulysses(1)
     engines_on(2).run(causal_ulysses, 2)
+
+
+BAD_CHUNKS = {
+    "rank 1 of 2: tokens is torch.int32": lambda x, tokens, lengths: (x, tokens.int(), lengths),
+    "rank 1 of 2: q has shape (2, 3, 2, 4)": lambda x, tokens, lengths: (x[:, :3], tokens, lengths),
+    "rank 1 of 2: lengths[0] is 9": lambda x, tokens, lengths: (x, tokens, lengths + 1),
+    "tokens has shape (2, 4) on rank 0 but (2, 3)": lambda x, tokens, lengths: (x[:, :3], tokens[:, :3], lengths - 2),
+    "lengths differ between rank 0 and rank 1": lambda x, tokens, lengths: (x, tokens, lengths - 1),
+    "lengths differ": lambda x, tokens, lengths: (x, tokens, None),
+}
+
+
+def bad_chunks() -> list[str]:
+    from ta_plugin.deepspeed import TokenizedUlyssesAttention
+
+    attention, messages = TokenizedUlyssesAttention(), []
+    attention.set_group(SSPGroup(dist.group.WORLD), Scoring())
+    tokens, lengths, x = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([8, 3]), torch.ones(2, 4, 2, 4)
+    for spoil in BAD_CHUNKS.values():
+        x_given, *given = spoil(x, tokens, lengths) if dist.get_rank() == 1 else (x, tokens, lengths)
+        with pytest.raises(ValueError) as caught:
+            attention(x_given, x_given, x_given, *given)
+        messages.append(str(caught.value))
+        out = attention(x, x, x, tokens, lengths)
+        expected = x * (dist.get_rank() * 4 + torch.arange(4) < lengths[:, None])[..., None, None]
+        torch.testing.assert_close(out, expected)
+    return messages
+
+
+def test_a_bad_chunk_on_one_rank_of_ulysses_raises_on_both(engines_on: Any) -> None:
+    first, second = engines_on(2).run(bad_chunks)
+    assert first == second
+    for message, says in zip(first, BAD_CHUNKS, strict=True):
+        assert message.startswith(says)

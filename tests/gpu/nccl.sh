@@ -5,11 +5,13 @@
 # Needs pytest, hypothesis and the hosts; operators that are not built are compiled on first use.
 set -uom pipefail  # with job control, what runs in the background can be interrupted and then says how far it came
 cd "$(dirname "$0")/../.."
-parts=(errors core megatron megatron-checkpoint deepspeed deepspeed-checkpoint)
-python=${PYTHON:-python3} only=${1:-${parts[*]}} limit=${LIMIT_S:-600}
+parts=(errors core megatron-layouts megatron megatron-checkpoint deepspeed deepspeed-beside deepspeed-checkpoint)
+python=${PYTHON:-python3} only=${1:-${parts[*]}} limit=${LIMIT_S:-1200}
 logs=$(mktemp -d)
 [ "$("$python" -c "import torch; print(torch.cuda.device_count())")" -gt 0 ] || { echo "no GPU that torch sees" >&2; exit 2; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2 TA_TEST_DEVICES=cuda
+# all parts share the GPUs, and hosts make many communicators: small ones; every rank compiles, so each with one thread
+export NCCL_MAX_NCHANNELS=${NCCL_MAX_NCHANNELS:-2} NCCL_BUFFSIZE=${NCCL_BUFFSIZE:-1048576} TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-1}
 declare -A started
 part() {  # part NAME PYTEST-ARGUMENTS...
   local name=$1
@@ -22,9 +24,12 @@ part() {  # part NAME PYTEST-ARGUMENTS...
 part errors tests/test_errors_on_ranks.py tests/test_sequence_errors.py tests/parallel -k "not in_vain"  # NCCL ends who waits in vain
 part core tests/test_captured_on_ranks.py tests/test_bounds_on_ranks.py tests/test_precision_on_ranks.py tests/test_tokenized_attention.py \
   tests/test_sequence_layout.py tests/strategies/test_causal_ranks.py tests/strategies/test_ring_traffic.py -k "not test_one_rank"
-part megatron tests/megatron/test_megatron_bf16.py tests/megatron/test_megatron_layouts.py tests/megatron/test_megatron_sequence.py
+part megatron-layouts tests/megatron/test_megatron_layouts.py
+part megatron tests/megatron/test_megatron_bf16.py tests/megatron/test_megatron_sequence.py \
+  tests/megatron/test_megatron_token_keyed.py tests/megatron/test_megatron_microbatches.py
 part megatron-checkpoint tests/megatron/test_megatron_checkpoint.py
 part deepspeed tests/deepspeed/test_training.py tests/deepspeed/test_deepspeed_sequence.py
+part deepspeed-beside tests/deepspeed/test_parallel.py
 part deepspeed-checkpoint tests/deepspeed/test_checkpoint.py
 
 failed=()

@@ -46,13 +46,14 @@ def fill(module: torch.nn.Module, parts: int) -> None:
 
 def model_of(layout: Layout, every: int, window: tuple[int, int] | None = None, **options: Any) -> GPTModel:
     made = config(layout, window_size=window, num_layers=4)
-    return GPTModel(
+    model = GPTModel(
         made,
         get_token_keyed_block_spec(made, VOCAB, every=every, use_transformer_engine=False, **options),
         VOCAB,
         LENGTH,
         position_embedding_type="rope",
     )
+    return model.cuda()  # the CPU stand-in leaves it where it is
 
 
 def losses_and_gradients(layout: Layout, every: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,7 +117,7 @@ def attention_over_context() -> list[tuple[Tensor, Tensor]]:
 def _attend_dealt(layout: Layout, groups: Any, decay: str, packed: bool) -> list[Tensor]:
     made = config(layout)
     spec = get_token_keyed_layer_spec(made, VOCAB, use_transformer_engine=False, token_dim=12, decay=decay)
-    module = build_module(spec.submodules.self_attention, config=made, layer_number=1)
+    module = build_module(spec.submodules.self_attention, config=made, layer_number=1).cuda()
     fill(module, 1)
     tokens, _ = batch()
     where: dict[str, Tensor] = {"lengths": torch.tensor([LENGTH, 13])}
@@ -158,7 +159,7 @@ def what_plans_refuse() -> list[str]:
             except ValueError as error:
                 messages.append(str(error))
         spec = get_token_keyed_layer_spec(made, VOCAB, use_transformer_engine=False)
-        module = build_module(spec.submodules.self_attention, config=made, layer_number=1)
+        module = build_module(spec.submodules.self_attention, config=made, layer_number=1).cuda()
         alone = plan_causal(tokens, config(Layout()))
         try:
             module(torch.zeros(LENGTH // 2, 2, made.hidden_size, dtype=torch.float64), None, packed_seq_params=alone)
@@ -189,7 +190,7 @@ def attention_against_formula(decay: str, packed: bool) -> list[tuple[Tensor, Te
     with megatron(Layout()):
         made = config(Layout())
         spec = get_token_keyed_layer_spec(made, VOCAB, use_transformer_engine=False, token_dim=12, decay=decay)
-        module = build_module(spec.submodules.self_attention, config=made, layer_number=1)
+        module = build_module(spec.submodules.self_attention, config=made, layer_number=1).cuda()
         fill(module, 1)
         tokens, _ = batch()
         lengths = torch.tensor([LENGTH, 13])
