@@ -36,6 +36,9 @@ processes=${PROCESSES:-$((gpus > 1 ? gpus : 2))}
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-[ ! "$megatron" ] || options+=(--ta-ssp-size "$processes" --seq-length 20 --micro-batch-size 64 --train-iters 800 --lr 0.002)
+if [ "$megatron" ]; then
+  options+=(--ta-ssp-size "$processes" --seq-length 20 --micro-batch-size 64 --train-iters 800 --lr 0.002)
+  export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::UserWarning}  # every rank would list what Megatron-core does without apex
+fi
 
 exec "$VENV/bin/torchrun" --standalone --nproc-per-node "$processes" "$script" ${options[@]+"${options[@]}"} "$@"

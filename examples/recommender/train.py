@@ -6,10 +6,9 @@ torchrun --nproc-per-node 2 examples/recommender/train.py --inter data/ml-100k/m
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -22,23 +21,9 @@ from ta_plugin.data.interactions import Interactions, events_to_train, load_inte
 from ta_plugin.models.compare import compare
 from ta_plugin.models.metrics import candidate_counts, mean_metrics, popularity_scores, positive_ranks, ranking_metrics
 from ta_plugin.models.recommender import RecommenderConfig
+from ta_plugin.models.stopping import StopFlag
 from ta_plugin.models.trainer import RecommenderTrainer, train
 from ta_plugin.parallel import SSPGroup
-
-
-class StopFlag:
-    """Set by Ctrl-C or SIGTERM; the training loop finishes its step, saves, and ends."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-
-    def __call__(self) -> bool:
-        return self.requested
 
 
 def main(
