@@ -6,6 +6,7 @@ On CUDA: NCCL, Megatron's DDP and (distributed) optimizer, TP, CP and SSP. On CP
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,11 @@ def core_parser(description: str | None, **defaults: int) -> argparse.ArgumentPa
 
 def set_up(args: argparse.Namespace) -> tuple[ProcessGroupCollection, torch.device]:
     """torch.distributed, Megatron's groups and the SSP group beside them; this rank's device."""
-    cuda = torch.cuda.is_available()
+    cuda, here = torch.cuda.is_available(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if cuda and here > torch.cuda.device_count():
+        raise SystemExit(
+            f"{here} processes on {torch.cuda.device_count()} GPU(s); start as many, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+        )
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cpu")
     if cuda:
@@ -193,6 +198,7 @@ class PlainStep:
 def train(args: argparse.Namespace, model: nn.Module, groups: ProcessGroupCollection, batches: Iterator[Batch]) -> bool:
     """Up to `args.train_iters` steps, printed now and then and saved where asked; whether it came to the end."""
     device = next(model.parameters()).device
+    say(f"{dist.get_world_size()} process(es) on {device.type}, {groups.ssp.size()} rank(s) per SSP group")
     step = MegatronStep(args, model, groups) if device.type == "cuda" else PlainStep(args, model, groups)
     done = checkpoints.load(args.load, step) if args.load else 0
     for _ in range(done):

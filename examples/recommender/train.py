@@ -58,6 +58,11 @@ def main(
     stop = StopFlag()
     group = _join(ssp)
     first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        print(
+            f"{group.data_parallel_size} process(es) on {group.device.type}, {group.size} rank(s) per SSP group",
+            flush=True,
+        )
     columns = {"user": user_column, "item": item_column, "time": time_column}
     action = None if action_column == "none" else action_column
 
@@ -104,7 +109,7 @@ def main(
     else:
         if first:
             data = load((item_column,))
-            print_outcomes(outcomes, popularity_baseline(data, "test"), group, out)
+            print_outcomes(outcomes, popularity_baseline(data, "test"), group)
             write_curves(outcomes, popularity_baseline(data, "valid"), out / "curves.png")
     if dist.is_initialized():
         dist.barrier()
