@@ -55,6 +55,24 @@ def main(
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoints in --out")] = False,
 ) -> None:
     """Train on items, without recency and action, and on composite tokens; then compare with plain attention and report."""
+    columns = {"user": user_column, "item": item_column, "time": time_column}
+    action = None if action_column == "none" else action_column
+    runs: list[tuple[str, tuple[str, ...], bool, int]] = [("items", (item_column,), True, steps)]
+    if class_columns != "none":
+        runs.append((class_columns, tuple(class_columns.split(",")), True, class_steps))
+    if ablation:
+        runs.append(("items, no recency or action", (item_column,), False, steps))
+    try:  # all of it before anything trains
+        loaded = {
+            tokens: load_interactions(inter, item, tokens=tokens, action=action, **columns)
+            for tokens in dict.fromkeys(tokens for _, tokens, _, _ in runs)
+        }
+    except ValueError as error:
+        raise SystemExit(
+            f"{error}\n--user-column, --item-column, --time-column, --action-column and --class-columns name columns; 'none' does without an "
+            "action, or without the run on classes"
+        ) from None
+
     stop = StopFlag()
     group = _join(ssp)
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -63,21 +81,10 @@ def main(
             f"{group.data_parallel_size} process(es) on {group.device.type}, {group.size} rank(s) per SSP group",
             flush=True,
         )
-    columns = {"user": user_column, "item": item_column, "time": time_column}
-    action = None if action_column == "none" else action_column
-
-    def load(tokens: tuple[str, ...]) -> Interactions:
-        return load_interactions(inter, item, tokens=tokens, action=action, **columns)
-
-    runs: list[tuple[str, tuple[str, ...], bool, int]] = [("items", (item_column,), True, steps)]
-    if class_columns != "none":
-        runs.append((class_columns, tuple(class_columns.split(",")), True, class_steps))
-    if ablation:
-        runs.append(("items, no recency or action", (item_column,), False, steps))
 
     outcomes = []
     for name, tokens, sides, updates in runs:
-        data = load(tokens)
+        data = loaded[tokens]
         by_item = tokens == (item_column,)
         config = RecommenderConfig(
             vocab_size=data.n_items if by_item else data.n_items + data.n_tokens,
@@ -108,7 +115,7 @@ def main(
         outcomes.append(outcome)
     else:
         if first:
-            data = load((item_column,))
+            data = loaded[(item_column,)]
             print_outcomes(outcomes, popularity_baseline(data, "test"), group)
             write_curves(outcomes, popularity_baseline(data, "valid"), out / "curves.png")
     if dist.is_initialized():
