@@ -69,8 +69,8 @@ def main(
         }
     except ValueError as error:
         raise SystemExit(
-            f"{error}\n--user-column, --item-column, --time-column, --action-column and --class-columns name columns; 'none' does without an "
-            "action, or without the run on classes"
+            f"{error}\n--user-column, --item-column, --time-column, --action-column and --class-columns name columns; 'none' does without "
+            "an action, or the run on classes"
         ) from None
 
     stop = StopFlag()
