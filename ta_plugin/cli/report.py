@@ -20,8 +20,8 @@ from ta_plugin.attention.backends import BACKENDS, choose
 from ta_plugin.ops.builder import OpSpec, missing_extension, op_specs
 from ta_plugin.ops.builder.toolkit import cuda_toolkit, missing_toolkit, toolkit_version
 
-SUPPORTED = {  # distribution: (lowest, below); what the tests run against
-    "torch": ("2.11", "2.14"),
+SUPPORTED = {  # distribution: (lowest, below); what the tests ran against, torch 2.14 without the hosts
+    "torch": ("2.11", "2.15"),
     "deepspeed": ("0.19.8", "0.20"),
     "megatron-core": ("0.16.1", "0.20"),
 }
