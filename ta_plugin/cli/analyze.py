@@ -33,8 +33,10 @@ def analyze(
     try:
         if file.suffix == ".inter":
             tokens = tuple(columns.split(","))
-            names = {"user": user_column, "item": item_column, "time": time_column}
-            users = histories(load_interactions(file, item, tokens=tokens, action=None, **names), samples)
+            data = load_interactions(
+                file, item, user=user_column, item=item_column, time=time_column, tokens=tokens, action=None
+            )
+            users = histories(data, samples)
             longest = max(len(user) for user in users)
             tried = length or [each for each in LENGTHS if each < longest] + [longest]
             found = [Repeats.of(users, each) for each in tried]
