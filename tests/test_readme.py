@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -17,13 +16,7 @@ PAGES = [
 
 
 def run_the_snippet(code: str) -> tuple[list[int], list[int], str]:
-    import torch.distributed as dist
-
-    generator = torch.Generator().manual_seed(dist.get_rank())
     names: dict[str, Any] = {
-        "tokens": torch.randint(0, 1000, (32, 512), generator=generator),
-        "lengths": torch.randint(0, 513, (32,), generator=generator),
-        "targets": torch.randint(0, 1000, (32, 3), generator=generator),
         "print": lambda text: names.update(printed=str(text)),
     }
     exec(code, names)
