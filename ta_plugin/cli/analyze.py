@@ -52,7 +52,7 @@ def analyze(
             found = [Repeats.of(windows(ids, each, max(1, min(samples, TOKENS // each))), each) for each in tried]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    show(found, str(file.name))
+    show(found, file.name)
 
 
 def show(found: list[Repeats], name: str) -> None:
