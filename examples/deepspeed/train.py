@@ -11,6 +11,7 @@ of the loss go to --out. Ctrl-C ends it after the step, with a checkpoint; --res
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 import ta_plugin.deepspeed
 from ta_plugin import ShardedTokenEmbedding
@@ -145,6 +147,7 @@ def parse() -> argparse.Namespace:
 
 def build_engine(options: argparse.Namespace, n_items: int, n_actions: int) -> Any:
     """An engine around the recommender; nothing here knows on how many ranks the table will lie."""
+    device = get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0)))
     batch_size = deepspeed.DeepSpeedConfig(options.deepspeed_config).train_micro_batch_size_per_gpu
     config = RecommenderConfig(
         vocab_size=n_items,
@@ -152,9 +155,10 @@ def build_engine(options: argparse.Namespace, n_items: int, n_actions: int) -> A
         batch_size=batch_size,
         recent_length=min(50, options.length),
         long_length=options.length,
+        backend="reference" if device != "cpu" else None,
     )
     torch.manual_seed(0)
-    table = ShardedTokenEmbedding(n_items, config.dim)
+    table = ShardedTokenEmbedding(n_items, config.dim, device=device)
     model = SequenceRecommender(config, table)
     if options.local_rank < 0:
         del options.local_rank  # not started by the deepspeed launcher

@@ -97,6 +97,7 @@ def main(
             recency=sides,
             action=sides and action is not None,
             strategy=strategy,
+            backend="reference" if group.device.type == "cuda" else None,
         )
         trainer = RecommenderTrainer(
             data,
