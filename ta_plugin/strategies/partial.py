@@ -162,8 +162,8 @@ def _attend(
         weights = keys.weights
         if space.end is not None and weights.weight is not None:
             # on the CPU, where nothing is captured: without the spare rows
-            rows = int(space.end)
-            k, v, weights = k[:rows], v[:rows], RowWeights(weights.weight[:rows], None)
+            end = int(space.end)
+            k, v, weights = k[:end], v[:end], RowWeights(weights.weight[:end], None)
         return attend_rows(scoring, q, targets.cu_seqlens, k, v, weights, space.cu_seqlens)
     return attend_before(scoring, q, targets, cutoffs.cutoffs, k, v, space, cutoffs.sides, cutoffs.positions)
 
