@@ -1,4 +1,4 @@
-// Launches segmented reductions and their transpose.
+// Launches segmented sums and their transpose.
 
 #include "segments.cuh"
 
@@ -9,58 +9,48 @@ constexpr int widest(size_t element_bytes) {
   return element_bytes == 8 ? 2 : 4;
 }
 
+constexpr int64_t kSegmentsOfBlock = 4096;  // at most, among them empty ones to store
+
 int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
 // Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
 Deal deal_out(const Segments& s, int64_t width, int vector) {
   Deal deal{lanes_for(width / vector), 2, 0};
-  const int64_t wanted = s.members * deal.lanes >> 18;
+  const int64_t wanted = s.members * deal.lanes >> TA_SHIFT;
   while (deal.tile_bits < 6 && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
   deal.blocks = ceil_div(s.members, deal.per_block());
   return deal;
 }
 
-template <typename T, int kVector, template <typename> class State>
+template <typename T, int kVector>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
-  using Kernel = FoldKernel<T, kVector, State>;
-  const bool many_empty = s.segments > 2 * s.members;  // then nobody walks along runs of them
+  using Kernel = SumKernel<T, kVector>;
   const Deal deal = deal_out(s, width, kVector);
   int64_t* leaving = deal.blocks > 1 ? static_cast<int64_t*>(workspace) : nullptr;
   auto* partials = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + aligned_bytes(deal.blocks));
-  const Kernel k{values, s, width, out, leaving, partials, deal, many_empty};
+  const Kernel k{values, s, width, out, leaving, partials, deal};
   const unsigned columns = unsigned(ceil_div(width / kVector, deal.lanes));
-  const dim3 threads(deal.lanes, deal.groups());
-  if (many_empty) empty_kernel<<<dim3(unsigned(ceil_div(s.segments, threads.y)), columns), threads, 0, stream>>>(k);
-  TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (s.members == 0) return cudaSuccess;
   const size_t shared = Kernel::shared_bytes(deal);
   TA_RETURN_IF_ERROR(
-      cudaFuncSetAttribute(fold_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  fold_kernel<<<dim3(unsigned(deal.blocks), columns), threads, shared, stream>>>(k);
+      cudaFuncSetAttribute(sum_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  const int64_t blocks = std::max(deal.blocks, ceil_div(s.segments, kSegmentsOfBlock));
+  sum_kernel<<<dim3(unsigned(blocks), columns), dim3(deal.lanes, deal.groups()), shared, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (deal.blocks == 1) return cudaSuccess;
+  if (deal.blocks <= 1) return cudaSuccess;
   const dim3 adders(deal.lanes, kCombineThreads / deal.lanes);
-  combine_kernel<<<dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
-                   kCombineThreads * sizeof(typename Kernel::Accumulator), stream>>>(k);
-  return cudaGetLastError();
+  return launch_early(combine_kernel<Kernel>, dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
+                      kCombineThreads * sizeof(typename Kernel::Accumulator), stream, k);
 }
 
-template <typename T, template <typename> class State>
-cudaError_t launch_width(const void* values, const Segments& s, int64_t width, void* out, void* workspace,
-                         cudaStream_t stream) {
+template <typename T>
+cudaError_t launch_type(const void* values, const Segments& s, int64_t width, void* out, void* workspace,
+                        cudaStream_t stream) {
   const T* from = static_cast<const T*>(values);
   T* to = static_cast<T*>(out);
   constexpr int kMost = widest(sizeof(T));
   if (width % kMost == 0 && divides(kMost * sizeof(T), {address(from), address(to)}))
-    return launch<T, kMost, State>(from, s, width, to, workspace, stream);
-  return launch<T, 1, State>(from, s, width, to, workspace, stream);
-}
-
-template <typename T>
-cudaError_t launch_type(Fold how, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
-                        cudaStream_t stream) {
-  return how == Fold::kSum ? launch_width<T, SumState>(values, s, width, out, workspace, stream)
-                           : launch_width<T, LogSumExpState>(values, s, width, out, workspace, stream);
+    return launch<T, kMost>(from, s, width, to, workspace, stream);
+  return launch<T, 1>(from, s, width, to, workspace, stream);
 }
 
 template <typename Unit>
@@ -76,30 +66,28 @@ cudaError_t launch_expand(const void* rows, const int64_t* index, int64_t member
 
 }  // namespace
 
-size_t fold_workspace_bytes(Fold how, Type type, const Segments& s, int64_t width) {
-  const size_t parts = how == Fold::kSum ? SumState<float>::kParts : LogSumExpState<float>::kParts;
+size_t sum_workspace_bytes(Type type, const Segments& s, int64_t width) {
   size_t most = 0;
   for (const int vector : {1, widest(size_of(type))}) {  // which of them depends on addresses
     if (width % vector != 0) continue;
     const int64_t blocks = deal_out(s, width, vector).blocks;
-    if (blocks > 1)
-      most = std::max(most, aligned_bytes(blocks) + 2 * blocks * parts * width * (type == Type::kDouble ? 8 : 4));
+    if (blocks > 1) most = std::max<size_t>(most, aligned_bytes(blocks) + 2 * blocks * width * (type == Type::kDouble ? 8 : 4));
   }
   return most;
 }
 
-cudaError_t fold(Fold how, Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
-                 cudaStream_t stream) {
+cudaError_t sum(Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
+                cudaStream_t stream) {
   if (s.segments == 0 || width == 0) return cudaSuccess;
   switch (type) {
     case Type::kFloat:
-      return launch_type<float>(how, values, s, width, out, workspace, stream);
+      return launch_type<float>(values, s, width, out, workspace, stream);
     case Type::kDouble:
-      return launch_type<double>(how, values, s, width, out, workspace, stream);
+      return launch_type<double>(values, s, width, out, workspace, stream);
     case Type::kHalf:
-      return launch_type<__half>(how, values, s, width, out, workspace, stream);
+      return launch_type<__half>(values, s, width, out, workspace, stream);
     case Type::kBFloat16:
-      return launch_type<__nv_bfloat16>(how, values, s, width, out, workspace, stream);
+      return launch_type<__nv_bfloat16>(values, s, width, out, workspace, stream);
   }
   return cudaErrorInvalidValue;
 }

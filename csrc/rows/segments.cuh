@@ -1,9 +1,10 @@
-// Segmented reductions. Sorted members are cut into tiles, a group of threads each, and a block's look-ups (which member, which
+// Segmented sums. Sorted members are cut into tiles, a group of threads each, and a block's look-ups (which member, which
 // segment) go to shared memory first. Segments of at most kWhole members are reduced by the tile they start in, which reads on past
 // its end. Longer ones are cut at the tiles' bounds: the block adds its parts up in order, and where a segment leaves the
 // block it began in, a second launch adds up the blocks'. Which parts there are depends on the segments and the width alone.
 #pragma once
 
+#include "../early.cuh"
 #include "vector.cuh"
 
 namespace rows {
@@ -23,61 +24,19 @@ struct Deal {
   __host__ __device__ int per_block() const { return groups() << tile_bits; }
 };
 
-template <typename A>
-struct SumState {
-  static constexpr int kParts = 1;
-  A total = 0;
-  __device__ void add(A x) { total += x; }
-  __device__ void add(const SumState& other) { total += other.total; }
-  __device__ A result() const { return total; }
-  __device__ A part(int) const { return total; }
-  __device__ void set(int, A x) { total = x; }
-};
-
-template <typename A>
-struct LogSumExpState {
-  static constexpr int kParts = 2;
-  A peak = negative_infinity<A>(), total = 0;
-  __device__ void add(A x) {
-    if (x > peak) {
-      total = total * exponential(peak - x) + A(1);
-      peak = x;
-    } else if (!(x == negative_infinity<A>())) {  // NaN comes here and stays
-      total += exponential(x - peak);
-    }
-  }
-  __device__ void add(const LogSumExpState& other) {
-    if (other.total == A(0)) return;
-    if (total == A(0)) {
-      *this = other;
-      return;
-    }
-    const A high = peak > other.peak ? peak : other.peak;
-    total = total * exponential(peak - high) + other.total * exponential(other.peak - high);
-    peak = high;
-  }
-  __device__ A result() const { return total == A(0) ? negative_infinity<A>() : peak + logarithm(total); }
-  __device__ A part(int i) const { return i == 0 ? peak : total; }
-  __device__ void set(int i, A x) { (i == 0 ? peak : total) = x; }
-};
-
-template <typename T, int kVector, template <typename> class State>
-struct FoldKernel {
+template <typename T, int kVector>
+struct SumKernel {
   using A = Wide<T>;
   using Load = Vector<T, kVector>;
-  using Partial = Vector<A, kVector>;
-  struct Accumulator {
-    State<A> at[kVector];
-    __device__ void add(const Load& x) {
+  struct Accumulator : Vector<A, kVector> {
+    __device__ Accumulator() : Vector<A, kVector>{} {}
+    template <typename X>
+    __device__ void add(const Vector<X, kVector>& x) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) at[i].add(convert<A>(x.at[i]));
-    }
-    __device__ void add(const Accumulator& other) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) at[i].add(other.at[i]);
+      for (int i = 0; i < kVector; ++i) this->at[i] += convert<A>(x.at[i]);
     }
   };
-  // Of a sorted member: its number, negative (bitwise not) if it is the last of its segment; and its segment.
+  // Of a sorted member: its number, negative (bitwise not) if it is the last of its segment; and its segment, -1 for none.
   struct Entry {
     int member, segment;
   };
@@ -96,9 +55,8 @@ struct FoldKernel {
   int64_t width;  // a multiple of kVector
   T* out;
   int64_t* leaving;  // (blocks) the hot segment that starts in a block and leaves it, or -1
-  A* partials;       // (2 * blocks, State::kParts, width): of the segment entering a block, and of the one leaving it
+  A* partials;       // (2 * blocks, width): of the segment entering a block, and of the one leaving it
   Deal deal;
-  bool has_zeros;  // empty segments are already written
 
   static size_t shared_bytes(const Deal& deal) {
     return sizeof(Accumulator) * 2 * kFoldThreads + sizeof(Parts) * deal.groups() +
@@ -112,73 +70,55 @@ struct FoldKernel {
   __device__ void store(int64_t segment, const Accumulator& a) const {
     Load result;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) result.at[i] = convert<T>(a.at[i].result());
+    for (int i = 0; i < kVector; ++i) result.at[i] = convert<T>(a.at[i]);
     *reinterpret_cast<Load*>(out + segment * width + column()) = result;
   }
 
-  // Stores a segment and the empty ones since `previous`, and behind the last members all others.
-  __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a, bool last) const {
-    store(segment, a);
-    if (has_zeros) return;
-    for (int64_t empty = previous + 1; empty < segment; ++empty) store(empty, Accumulator());
-    if (last)
-      for (int64_t empty = segment + 1; empty < s.segments; ++empty) store(empty, Accumulator());
-  }
-
-  __device__ A* partial(int64_t slot, int part) const {
-    return partials + (slot * State<A>::kParts + part) * width + column();
-  }
-
-  __device__ void store_partial(int64_t slot, const Accumulator& a) const {
-#pragma unroll
-    for (int part = 0; part < State<A>::kParts; ++part) {
-      Partial p;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) p.at[i] = a.at[i].part(part);
-      *reinterpret_cast<Partial*>(partial(slot, part)) = p;
-    }
-  }
-
-  __device__ Accumulator load_partial(int64_t slot) const {
-    Accumulator a;
-#pragma unroll
-    for (int part = 0; part < State<A>::kParts; ++part) {
-      const Partial p = *reinterpret_cast<const Partial*>(partial(slot, part));
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) a.at[i].set(part, p.at[i]);
-    }
-    return a;
-  }
-
-  // Members [first, first + count) of the block: entries, and behind them the next member's segment (-1: there is none).
-  // Returns the segment of the member before them.
-  __device__ int look_up(int64_t first, int count, Entry* entries) const {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const int before = first > 0 ? int(s.index[s.order[first - 1]]) : -1;
-    for (int i = thread; i <= count; i += kFoldThreads) {
-      Entry e{0, -1};
-      if (first + i < s.members) {
-        e.member = int(s.order[first + i]);
-        e.segment = int(s.index[e.member]);
+  // The block's share of the segments: 0 where they are empty. Lanes look at one each, groups take turns to write.
+  __device__ void store_empty() const {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, lane = thread % 32;
+    const int64_t share = ceil_div(s.segments, int64_t(gridDim.x)), end = min((blockIdx.x + 1) * share, s.segments);
+    for (int64_t from = blockIdx.x * share + thread - lane; from < end; from += kFoldThreads) {
+      const bool empty = from + lane < end && s.offsets[from + lane] == s.offsets[from + lane + 1];
+      for (unsigned left = __ballot_sync(0xffffffffu, empty); left != 0; left &= left - 1) {
+        const int which = __ffs(left) - 1;
+        if (which * int(blockDim.x) % 32 == lane - int(threadIdx.x) && column() < width)
+          store(from + which, Accumulator());
       }
+    }
+  }
+
+  __device__ Accumulator* partial(int64_t slot) const {
+    return reinterpret_cast<Accumulator*>(partials + slot * width + column());
+  }
+
+  // Entries of the block's members, and behind them the next member's segment (-1: there is none). Members from
+  // offsets[segments] on belong to none: what `order` says of them is not looked at. Returns the segment before the block.
+  __device__ int look_up(int64_t first, Entry* entries, int* count) const {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const int64_t members = s.offsets[s.segments], room = min(int64_t(deal.per_block()), s.members - first);
+    const int64_t last_before = first > 0 && room > 0 ? s.order[first - 1] : 0;
+    for (int i = thread; i <= room; i += kFoldThreads) {
+      Entry e{0, -1};
+      if (first + i < s.members) e.member = int(s.order[first + i]);
+      if (first + i < members) e.segment = int(s.index[e.member]);
       entries[entry(i)] = e;
     }
+    *count = int(min(room, members - first));
     __syncthreads();
-    for (int i = thread; i < count; i += kFoldThreads)
+    for (int i = thread; i < *count; i += kFoldThreads)
       if (entries[entry(i)].segment != entries[entry(i + 1)].segment) entries[entry(i)].member = ~entries[entry(i)].member;
     __syncthreads();
-    return before;
+    return first > 0 && *count > 0 ? int(s.index[last_before]) : -1;
   }
 
-  // A tile: members [from, to) of the block's `count`. `previous` becomes the segment before the one that leaves.
-  __device__ void tile(const Shared& shared, int64_t first, int count, int from, int to, int before, int& previous,
-                       Parts& parts) const {
+  // A tile: members [from, to) of the block's `count`.
+  __device__ void tile(const Shared& shared, int64_t first, int count, int from, int to, int before, Parts& parts) const {
     const Entry* entries = shared.entries;
     const int opening = entries[entry(from)].segment, closing = entries[entry(to - 1)].segment;
     const bool enters = (from == 0 ? before : entries[entry(from - 1)].segment) == opening;
     const bool leaves = entries[entry(to)].segment == closing && !(enters && opening == closing);
     int begin = from, end = to;
-    previous = from == 0 ? before : entries[entry(from - 1)].segment;
     if (enters && hot(opening)) {
       parts.head = opening;
     } else if (enters) {  // another tile's
@@ -198,11 +138,9 @@ struct FoldKernel {
       if (entering || (behind == end && parts.tail >= 0)) {
         shared.parts[(2 * threadIdx.y + (entering ? 0 : 1)) * blockDim.x + threadIdx.x] = a;
         entering = false;
-        if (behind == end) return;  // `previous` stays
       } else {
-        finish(previous, segment, a, first + behind == s.members);
+        store(segment, a);
       }
-      previous = segment;
       a = Accumulator();
     };
     const int known = min(end, count);
@@ -228,17 +166,20 @@ struct FoldKernel {
 
   __device__ void block(const Shared& shared) const {
     const int64_t first = int64_t(blockIdx.x) * deal.per_block();
-    const int count = int(min(int64_t(deal.per_block()), s.members - first));
-    const int before = look_up(first, count, shared.entries);
+    int count;
+    const int before = look_up(first, shared.entries, &count);
+    const bool says = leaving && blockIdx.x < deal.blocks && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0;
+    if (count <= 0) {
+      if (says) leaving[blockIdx.x] = -1;
+      return;
+    }
     const int from = threadIdx.y << deal.tile_bits, to = min(from + (1 << deal.tile_bits), count);
     const bool inside = column() < width;
-    int previous = -1;
     Parts parts{-1, -1};
-    if (inside && from < count) tile(shared, first, count, from, to, before, previous, parts);
+    if (inside && from < count) tile(shared, first, count, from, to, before, parts);
     if (threadIdx.x == 0) shared.segments[threadIdx.y] = parts;
     const int last = shared.entries[entry(count - 1)].segment, next = shared.entries[entry(count)].segment;
-    if (leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0)
-      leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
+    if (says) leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
     if (!__syncthreads_or(parts.head >= 0 || parts.tail >= 0) || !inside) return;
     const auto add_heads = [&](Accumulator a, int segment) {
       for (int g = threadIdx.y + 1; g < blockDim.y && shared.segments[g].head == segment; ++g)
@@ -246,20 +187,13 @@ struct FoldKernel {
       return a;
     };
     const Accumulator* mine = shared.parts + 2 * threadIdx.y * blockDim.x + threadIdx.x;
-    if (threadIdx.y == 0 && parts.head >= 0) store_partial(2 * int64_t(blockIdx.x), add_heads(*mine, parts.head));
+    if (threadIdx.y == 0 && parts.head >= 0) *partial(2 * int64_t(blockIdx.x)) = add_heads(*mine, parts.head);
     if (parts.tail < 0) return;
     const Accumulator a = add_heads(mine[blockDim.x], parts.tail);
     if (parts.tail == next)
-      store_partial(2 * int64_t(blockIdx.x) + 1, a);
+      *partial(2 * int64_t(blockIdx.x) + 1) = a;
     else
-      finish(previous, parts.tail, a, parts.tail == last && first + count == s.members);
-  }
-
-  // Stores a segment whose parts were added up.
-  __device__ void finish_hot(int64_t segment, const Accumulator& a) const {
-    const int64_t begin = s.offsets[segment];
-    const int64_t previous = has_zeros || begin == 0 ? -1 : s.index[s.order[begin - 1]];
-    finish(previous, segment, a, s.offsets[segment + 1] == s.members);
+      store(parts.tail, a);
   }
 
   // By a block: a group adds up a segment's parts, or all groups where there are many, each a run of them.
@@ -273,12 +207,12 @@ struct FoldKernel {
     const auto add_up = [&](int64_t block, int64_t from, int64_t to) {
       Accumulator a;
 #pragma unroll 4
-      for (int64_t i = from; i < to; ++i) a.add(load_partial(i == 0 ? 2 * block + 1 : 2 * (block + i)));
+      for (int64_t i = from; i < to; ++i) a.add(*partial(i == 0 ? 2 * block + 1 : 2 * (block + i)));
       return a;
     };
     const int64_t count = segment < 0 ? 0 : parts_of(block, segment);
     if (threadIdx.x == 0) counts[threadIdx.y] = count;
-    if (inside && count > 0 && count <= kAlone) finish_hot(segment, add_up(block, 0, count));
+    if (inside && count > 0 && count <= kAlone) store(segment, add_up(block, 0, count));
     if (!__syncthreads_or(count > kAlone)) return;
     for (int y = 0; y < blockDim.y; ++y) {
       const int64_t many = counts[y];
@@ -290,7 +224,7 @@ struct FoldKernel {
       if (threadIdx.y == 0 && inside) {
         Accumulator a = shared[threadIdx.x];
         for (int g = 1; g < ceil_div(many, share); ++g) a.add(shared[g * blockDim.x + threadIdx.x]);
-        finish_hot(leaving[start], a);
+        store(leaving[start], a);
       }
       __syncthreads();
     }
@@ -298,25 +232,21 @@ struct FoldKernel {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) fold_kernel(const Kernel k) {
+__global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) sum_kernel(const Kernel k) {
+  let_next_launch();
   extern __shared__ __align__(16) unsigned char bytes[];
   auto* parts = reinterpret_cast<typename Kernel::Accumulator*>(bytes);
   auto* segments = reinterpret_cast<typename Kernel::Parts*>(parts + 2 * kFoldThreads);
   k.block({reinterpret_cast<typename Kernel::Entry*>(segments + blockDim.y), parts, segments});
+  k.store_empty();
 }
 
 template <class Kernel>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k) {
+  wait_for_launch_before();
   __shared__ int64_t counts[kCombineThreads];
   extern __shared__ __align__(16) unsigned char bytes[];
   k.combine(reinterpret_cast<typename Kernel::Accumulator*>(bytes), counts);
-}
-
-template <class Kernel>
-__global__ void __launch_bounds__(kFoldThreads) empty_kernel(const Kernel k) {
-  const int64_t segment = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (segment < k.s.segments && k.column() < k.width && k.s.offsets[segment] == k.s.offsets[segment + 1])
-    k.store(segment, typename Kernel::Accumulator());
 }
 
 // Every thread copies its vector of several members' rows; all loads are in flight before the first store.

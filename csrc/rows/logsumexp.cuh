@@ -1,0 +1,248 @@
+// Segmented log-sum-exp. Segments and members lie on one path: segment s at place offsets[s] + s, its members behind it. Every
+// warp takes a run of as many places, whatever lies there: it gathers its members' rows into shared memory and reduces
+// its segments there, short ones by a thread for each column, others by all lanes. Parts of segments that leave a run
+// are added up by a second launch. What is added to what depends on the offsets and the width alone.
+#pragma once
+
+#include "../early.cuh"
+#include "vector.cuh"
+
+namespace rows {
+
+constexpr int kRunThreads = 256;
+constexpr int kRunWarps = kRunThreads / 32;
+constexpr int kRunVectors = 256;  // vectors of a run at most, all in flight at a time
+constexpr int kMostLanes = 8;     // vectors of a member that a warp takes; they hold at most 32 columns
+constexpr int kSerial = 8;        // members that one thread reduces
+constexpr int kPartThreads = 1024;
+constexpr int kPartWarps = kPartThreads / 32;
+constexpr int kPartsAlone = 64;  // parts that one warp adds up
+
+// total * exp(base) with base = peak where that is finite, else 0; nothing is (-inf, 0). NaN shows in total alone.
+template <typename A>
+struct Exponentials {
+  A peak = negative_infinity<A>(), total = 0;
+  __device__ __forceinline__ A base() const { return isinf(peak) ? A(0) : peak; }
+  __device__ __forceinline__ A result() const { return base() + logarithm(total); }
+};
+
+// Across lanes that hold the same column: `columns` lanes side by side hold different ones.
+template <typename A>
+__device__ __forceinline__ A most_of(A x, int columns) {
+  for (int d = columns; d < 32; d *= 2) {
+    const A other = __shfl_xor_sync(0xffffffffu, x, d);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+template <typename A>
+__device__ __forceinline__ A sum_of(A x, int columns) {
+  for (int d = columns; d < 32; d *= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+template <typename T, int kVector>
+struct LogSumExpKernel {
+  using A = Wide<T>;
+  using Load = Vector<T, kVector>;
+  using Pair = Exponentials<A>;
+  struct Shared {
+    Load rows[kRunWarps][kRunVectors];
+    uint16_t begins[kRunWarps][kRunVectors + 2];
+  };
+
+  const T* values;
+  Segments s;
+  int64_t width;  // a multiple of kVector
+  T* out;
+  int64_t* leaving;  // (runs) the segment that begins in a run and leaves it, or -1
+  A* partials;       // (runs, 2, 2, width): of the segment that enters a run and of the one that leaves it, peaks and totals
+  int64_t runs;
+  int lane_bits;  // 1 << lane_bits vectors of a member side by side
+
+  __host__ __device__ int places() const { return kRunVectors >> lane_bits; }
+  __host__ __device__ int columns() const { return kVector << lane_bits; }
+  __device__ int64_t first_column() const { return int64_t(blockIdx.y) * columns(); }
+  __device__ int64_t place_of(int64_t segment) const { return s.offsets[segment] + segment; }
+
+  // By a warp: the first segment at or behind a place, `segments` if there is none.
+  __device__ int64_t first_from(int64_t place) const {
+    int64_t low = 0, high = s.segments;
+    while (low < high) {  // every lane looks at one of 32 bounds between 33 parts
+      const int64_t part = (high - low + 33) / 33, probe = low + (threadIdx.x % 32 + 1) * part - 1;
+      const int before = __popc(__ballot_sync(0xffffffffu, probe < high && place_of(probe) < place));
+      low += before * part;
+      high = min(high, low + part - 1);
+    }
+    return low;
+  }
+
+  __device__ void store_part(int64_t part, int64_t column, const Pair& x) const {
+    partials[2 * part * width + column] = x.peak;
+    partials[(2 * part + 1) * width + column] = x.total;
+  }
+  __device__ Pair load_part(int64_t part, int64_t column) const {
+    return {partials[2 * part * width + column], partials[(2 * part + 1) * width + column]};
+  }
+
+  // Members [from, to) of a run in one column, every `step`-th.
+  __device__ static A peak_of(const T* x, int from, int to, int step, int columns) {
+    A peak = negative_infinity<A>();
+    for (int m = from; m < to; m += step) {
+      const A value = convert<A>(x[m * columns]);
+      peak = value > peak ? value : peak;
+    }
+    return peak;
+  }
+  __device__ static A total_of(const T* x, A base, int from, int to, int step, int columns) {
+    A total = 0;
+    for (int m = from; m < to; m += step) total += exponential(convert<A>(x[m * columns]) - base);
+    return total;
+  }
+
+  // Rows of sorted members [first, first + count).
+  __device__ void gather(Load* rows, int64_t first, int count) const {
+    constexpr int kEach = kRunVectors / 32;
+    const int lane = threadIdx.x % 32;
+    const int64_t column = first_column() + (lane & ((1 << lane_bits) - 1)) * kVector;
+    int member[kEach];
+    Load x[kEach] = {};
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int m = (j * 32 + lane) >> lane_bits;
+      member[j] = m < count && column < width ? int(s.order[first + m]) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (member[j] >= 0) x[j] = *reinterpret_cast<const Load*>(values + member[j] * width + column);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) rows[j * 32 + lane] = x[j];
+  }
+
+  __device__ void run(Shared& shared) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t run = int64_t(blockIdx.x) * kRunWarps + warp, place = run * places();
+    if (run >= runs) return;
+    if (lane == 0 && leaving && blockIdx.y == 0) leaving[run] = -1;
+    const int64_t end = place_of(s.segments);  // offsets[segments] members belong to a segment
+    if (place >= end) return;
+    const int64_t place_end = min(place + places(), end), first = first_from(place), first_member = place - first;
+
+    uint16_t* begins = shared.begins[warp];  // of the segment that enters, the run's own, and the next
+    int own = 0;
+    if (lane == 0) begins[0] = 0;
+    for (int i = lane; i - lane <= places(); i += 32) {
+      const int64_t segment = min(first + i, s.segments), begin = s.offsets[segment];
+      if (i <= places()) begins[i + 1] = uint16_t(min(begin - first_member, int64_t(places() + 1)));
+      own += __popc(__ballot_sync(0xffffffffu, first + i < s.segments && begin + segment < place_end));
+    }
+    const int count = int(place_end - place) - own;
+
+    gather(shared.rows[warp], first_member, count);
+    __syncwarp();
+
+    const int of = columns(), at_once = 32 / of, column = lane & (of - 1), place_in_group = lane / of;
+    const T* mine = reinterpret_cast<const T*>(shared.rows[warp]) + column;
+    const bool inside = first_column() + column < width;
+    for (int group = 0; group <= own; group += at_once) {
+      const int i = group + place_in_group;
+      const bool there = i <= own;
+      const int from = there ? min(int(begins[i]), count) : 0, to = there ? min(int(begins[i + 1]), count) : 0;
+      const bool is_long = to - from > kSerial;
+      Pair x;
+      if (!is_long && to > from) {
+        x.peak = peak_of(mine, from, to, 1, of);
+        x.total = total_of(mine, x.base(), from, to, 1, of);
+      }
+      for (unsigned left = __ballot_sync(0xffffffffu, is_long && column == 0); left != 0; left &= left - 1) {
+        const int owner = __ffs(left) - 1;
+        const int begin = __shfl_sync(0xffffffffu, from, owner) + place_in_group, stop = __shfl_sync(0xffffffffu, to, owner);
+        Pair all;
+        all.peak = most_of(peak_of(mine, begin, stop, at_once, of), of);
+        all.total = sum_of(total_of(mine, all.base(), begin, stop, at_once, of), of);
+        if (place_in_group == owner / of) x = all;
+      }
+      if (there && inside) keep(run, first + i - 1, first_column() + column, x, i == 0, begins[i + 1] > count, to > from);
+    }
+  }
+
+  __device__ void keep(int64_t run, int64_t segment, int64_t column, const Pair& x, bool enters, bool leaves,
+                       bool any) const {
+    if (enters) {
+      if (any) store_part(2 * run, column, x);
+    } else if (leaves) {
+      store_part(2 * run + 1, column, x);
+      if (column == 0) leaving[run] = segment;
+    } else {
+      out[segment * width + column] = convert<T>(x.result());
+    }
+  }
+
+  // By a warp: parts [from, to) of a segment that begins in a run.
+  __device__ Pair add_up(int64_t run, int64_t from, int64_t to) const {
+    const int of = columns(), lane = threadIdx.x % 32;
+    const int64_t column = min(first_column() + lane % of, width - 1);
+    const auto part = [&](int64_t i) { return load_part(i == 0 ? 2 * run + 1 : 2 * (run + i), column); };
+    Pair all;
+#pragma unroll 8
+    for (int64_t i = from + lane / of; i < to; i += 32 / of) {
+      const A peak = part(i).peak;
+      all.peak = peak > all.peak ? peak : all.peak;
+    }
+    all.peak = most_of(all.peak, of);
+#pragma unroll 8
+    for (int64_t i = from + lane / of; i < to; i += 32 / of) {
+      const Pair x = part(i);
+      all.total += x.total == A(0) ? A(0) : x.total * exponential(x.base() - all.base());
+    }
+    all.total = sum_of(all.total, of);
+    return all;
+  }
+
+  // By a block of as many warps as a warp has columns at most: a warp adds up a segment's parts, or all where there are many.
+  __device__ void combine() const {
+    __shared__ int64_t counts[kPartWarps];
+    __shared__ Pair shared[kPartWarps][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t first_run = int64_t(blockIdx.x) * kPartWarps, run = first_run + warp;
+    const int64_t segment = run < runs ? leaving[run] : -1, column = first_column() + lane;
+    const int64_t parts = segment < 0 ? 0 : (s.offsets[segment + 1] + segment) / places() - run + 1;
+    if (lane == 0) counts[warp] = parts;
+    if (parts > 0 && parts <= kPartsAlone) {
+      const Pair x = add_up(run, 0, parts);
+      if (lane < columns() && column < width) out[segment * width + column] = convert<T>(x.result());
+    }
+    if (!__syncthreads_or(parts > kPartsAlone)) return;
+    for (int w = 0; w < kPartWarps; ++w) {
+      const int64_t many = counts[w];
+      if (many <= kPartsAlone) continue;
+      const int64_t share = ceil_div(many, int64_t(kPartWarps)), from = min(warp * share, many);
+      const Pair mine = add_up(first_run + w, from, min(from + share, many));
+      if (lane < columns()) shared[warp][lane] = mine;
+      __syncthreads();
+      if (warp < columns() && first_column() + warp < width) {
+        const Pair x = shared[lane][warp];
+        Pair all;
+        all.peak = most_of(x.peak, 1);
+        all.total = sum_of(x.total == A(0) ? A(0) : x.total * exponential(x.base() - all.base()), 1);
+        if (lane == 0) out[leaving[first_run + w] * width + first_column() + warp] = convert<T>(all.result());
+      }
+      __syncthreads();
+    }
+  }
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(kRunThreads) logsumexp_kernel(const Kernel k) {
+  let_next_launch();
+  __shared__ typename Kernel::Shared shared;
+  k.run(shared);
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(kPartThreads) add_exponentials_kernel(const Kernel k) {
+  wait_for_launch_before();
+  k.combine();
+}
+
+}  // namespace rows
