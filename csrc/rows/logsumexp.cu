@@ -12,25 +12,25 @@ int lane_bits_of(int64_t width, int vector) {
   return lanes == 8 ? 3 : lanes / 2;
 }
 
-int64_t runs_of(const Segments& s, int lane_bits) {
-  return ceil_div(s.members + s.segments, int64_t(kRunVectors >> lane_bits));
+int64_t blocks_of(const Segments& s, int lane_bits) {
+  return ceil_div(s.members + s.segments, int64_t(kRunWarps * (kRunVectors >> lane_bits)));
 }
 
-int64_t aligned_bytes(int64_t runs) { return (runs * 8 + 15) / 16 * 16; }
+int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
 template <typename T, int kVector>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
   using Kernel = LogSumExpKernel<T, kVector>;
   const int lane_bits = lane_bits_of(width, kVector);
-  const int64_t runs = runs_of(s, lane_bits);
-  int64_t* leaving = runs > 1 ? static_cast<int64_t*>(workspace) : nullptr;
-  auto* partials = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + aligned_bytes(runs));
-  const Kernel k{values, s, width, out, leaving, partials, runs, lane_bits};
+  const int64_t blocks = blocks_of(s, lane_bits);
+  int64_t* leaving = blocks > 1 ? static_cast<int64_t*>(workspace) : nullptr;
+  auto* partials = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + aligned_bytes(blocks));
+  const Kernel k{values, s, width, out, leaving, partials, blocks, lane_bits};
   const unsigned across = unsigned(ceil_div(width, int64_t(k.columns())));
-  logsumexp_kernel<<<dim3(unsigned(ceil_div(runs, int64_t(kRunWarps))), across), kRunThreads, 0, stream>>>(k);
+  logsumexp_kernel<<<dim3(unsigned(blocks), across), kRunThreads, 0, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (runs == 1) return cudaSuccess;
-  return launch_early(add_exponentials_kernel<Kernel>, dim3(unsigned(ceil_div(runs, int64_t(kPartWarps))), across),
+  if (blocks == 1) return cudaSuccess;
+  return launch_early(add_exponentials_kernel<Kernel>, dim3(unsigned(ceil_div(blocks, int64_t(kPartWarps))), across),
                       dim3(kPartThreads), 0, stream, k);
 }
 
@@ -50,8 +50,8 @@ size_t logsumexp_workspace_bytes(Type type, const Segments& s, int64_t width) {
   size_t most = 0;
   for (const int vector : {1, widest(size_of(type))}) {  // which of them depends on addresses
     if (width % vector != 0) continue;
-    const int64_t runs = runs_of(s, lane_bits_of(width, vector));
-    if (runs > 1) most = std::max<size_t>(most, aligned_bytes(runs) + 4 * runs * width * (type == Type::kDouble ? 8 : 4));
+    const int64_t blocks = blocks_of(s, lane_bits_of(width, vector));
+    if (blocks > 1) most = std::max<size_t>(most, aligned_bytes(blocks) + 4 * blocks * width * (type == Type::kDouble ? 8 : 4));
   }
   return most;
 }

@@ -1,7 +1,8 @@
 // Segmented log-sum-exp. Segments and members lie on one path: segment s at place offsets[s] + s, its members behind it. Every
 // warp takes a run of as many places, whatever lies there: it gathers its members' rows into shared memory and reduces
-// its segments there, short ones by a thread for each column, others by all lanes. Parts of segments that leave a run
-// are added up by a second launch. What is added to what depends on the offsets and the width alone.
+// its segments there, short ones by a thread for each column, others by all lanes. Parts of segments that leave a run are
+// added up by its block, and by a second launch where they leave the block. What is added to what depends on the offsets
+// and the width alone.
 #pragma once
 
 #include "../early.cuh"
@@ -23,8 +24,21 @@ template <typename A>
 struct Exponentials {
   A peak = negative_infinity<A>(), total = 0;
   __device__ __forceinline__ A base() const { return isinf(peak) ? A(0) : peak; }
+  __device__ __forceinline__ A total_at(A base_wanted) const {
+    return total == A(0) ? A(0) : total * exponential(base() - base_wanted);
+  }
   __device__ __forceinline__ A result() const { return base() + logarithm(total); }
+  __device__ void add(const Exponentials& x) {
+    Exponentials all;
+    all.peak = x.peak > peak ? x.peak : peak;
+    all.total = total_at(all.base()) + x.total_at(all.base());
+    *this = all;
+  }
 };
+
+// Of a member relative to its segment's peak: what the fast instruction loses is lost to the sum's rounding.
+__device__ __forceinline__ float exponential_below(float x) { return __expf(x); }
+__device__ __forceinline__ double exponential_below(double x) { return exp(x); }
 
 // Across lanes that hold the same column: `columns` lanes side by side hold different ones.
 template <typename A>
@@ -49,18 +63,25 @@ struct LogSumExpKernel {
   struct Shared {
     Load rows[kRunWarps][kRunVectors];
     uint16_t begins[kRunWarps][kRunVectors + 2];
+    int64_t enters[kRunWarps], leaves[kRunWarps];  // segments, -1: none
+    // What a run holds of the segment that enters or leaves it, once its rows are read.
+    __device__ Pair* parts(int run, bool leaving) {
+      static_assert(sizeof(rows[0]) >= 2 * sizeof(Pair) * (kVector > 1 ? 32 : kMostLanes));
+      return reinterpret_cast<Pair*>(rows[run]) + (leaving ? (kVector > 1 ? 32 : kMostLanes) : 0);
+    }
   };
 
   const T* values;
   Segments s;
   int64_t width;  // a multiple of kVector
   T* out;
-  int64_t* leaving;  // (runs) the segment that begins in a run and leaves it, or -1
-  A* partials;       // (runs, 2, 2, width): of the segment that enters a run and of the one that leaves it, peaks and totals
-  int64_t runs;
+  int64_t* leaving;  // (blocks) the segment that begins in a block and leaves it, or -1
+  A* partials;       // (blocks, 2, 2, width): of the segment that enters a block and of the one that leaves it, peaks and totals
+  int64_t blocks;
   int lane_bits;  // 1 << lane_bits vectors of a member side by side
 
   __host__ __device__ int places() const { return kRunVectors >> lane_bits; }
+  __host__ __device__ int places_of_block() const { return kRunWarps * places(); }
   __host__ __device__ int columns() const { return kVector << lane_bits; }
   __device__ int64_t first_column() const { return int64_t(blockIdx.y) * columns(); }
   __device__ int64_t place_of(int64_t segment) const { return s.offsets[segment] + segment; }
@@ -96,7 +117,7 @@ struct LogSumExpKernel {
   }
   __device__ static A total_of(const T* x, A base, int from, int to, int step, int columns) {
     A total = 0;
-    for (int m = from; m < to; m += step) total += exponential(convert<A>(x[m * columns]) - base);
+    for (int m = from; m < to; m += step) total += exponential_below(convert<A>(x[m * columns]) - base);
     return total;
   }
 
@@ -121,9 +142,8 @@ struct LogSumExpKernel {
 
   __device__ void run(Shared& shared) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t run = int64_t(blockIdx.x) * kRunWarps + warp, place = run * places();
-    if (run >= runs) return;
-    if (lane == 0 && leaving && blockIdx.y == 0) leaving[run] = -1;
+    const int64_t place = (int64_t(blockIdx.x) * kRunWarps + warp) * places();
+    if (lane == 0) shared.enters[warp] = shared.leaves[warp] = -1;
     const int64_t end = place_of(s.segments);  // offsets[segments] members belong to a segment
     if (place >= end) return;
     const int64_t place_end = min(place + places(), end), first = first_from(place), first_member = place - first;
@@ -137,52 +157,77 @@ struct LogSumExpKernel {
       own += __popc(__ballot_sync(0xffffffffu, first + i < s.segments && begin + segment < place_end));
     }
     const int count = int(place_end - place) - own;
-
     gather(shared.rows[warp], first_member, count);
     __syncwarp();
 
     const int of = columns(), at_once = 32 / of, column = lane & (of - 1), place_in_group = lane / of;
     const T* mine = reinterpret_cast<const T*>(shared.rows[warp]) + column;
+    const bool enters = begins[1] > 0, leaves = own > 0 && begins[own + 1] > count;
     const bool inside = first_column() + column < width;
+    T* to_segment = out + (first - 1) * width + first_column() + column;
+    Pair entering, last;
     for (int group = 0; group <= own; group += at_once) {
       const int i = group + place_in_group;
       const bool there = i <= own;
       const int from = there ? min(int(begins[i]), count) : 0, to = there ? min(int(begins[i + 1]), count) : 0;
-      const bool is_long = to - from > kSerial;
+      const bool whole = there && inside && i > 0 && (i < own || !leaves);
       Pair x;
-      if (!is_long && to > from) {
-        x.peak = peak_of(mine, from, to, 1, of);
-        x.total = total_of(mine, x.base(), from, to, 1, of);
+      if (!__any_sync(0xffffffffu, to - from > 1)) {
+        A value = negative_infinity<A>();
+        if (to > from) {
+          value = convert<A>(mine[from * of]);
+          x.peak = value > x.peak ? value : x.peak;
+          x.total = exponential_below(value - x.base());
+        }
+        if (whole) to_segment[i * width] = convert<T>(value);
+      } else {
+        const bool is_long = to - from > kSerial;
+        if (!is_long && to > from) {
+          x.peak = peak_of(mine, from, to, 1, of);
+          x.total = total_of(mine, x.base(), from, to, 1, of);
+        }
+        for (unsigned left = __ballot_sync(0xffffffffu, is_long && column == 0); left != 0; left &= left - 1) {
+          const int owner = __ffs(left) - 1;
+          const int begin = __shfl_sync(0xffffffffu, from, owner) + place_in_group;
+          const int stop = __shfl_sync(0xffffffffu, to, owner);
+          Pair all;
+          all.peak = most_of(peak_of(mine, begin, stop, at_once, of), of);
+          all.total = sum_of(total_of(mine, all.base(), begin, stop, at_once, of), of);
+          if (place_in_group == owner / of) x = all;
+        }
+        if (whole) to_segment[i * width] = convert<T>(x.result());
       }
-      for (unsigned left = __ballot_sync(0xffffffffu, is_long && column == 0); left != 0; left &= left - 1) {
-        const int owner = __ffs(left) - 1;
-        const int begin = __shfl_sync(0xffffffffu, from, owner) + place_in_group, stop = __shfl_sync(0xffffffffu, to, owner);
-        Pair all;
-        all.peak = most_of(peak_of(mine, begin, stop, at_once, of), of);
-        all.total = sum_of(total_of(mine, all.base(), begin, stop, at_once, of), of);
-        if (place_in_group == owner / of) x = all;
-      }
-      if (there && inside) keep(run, first + i - 1, first_column() + column, x, i == 0, begins[i + 1] > count, to > from);
+      if (group == 0) entering = x;
+      last = x;
     }
+    __syncwarp();  // the rows are read
+    if (place_in_group == 0) shared.parts(warp, false)[column] = entering;
+    if (place_in_group == own % at_once) shared.parts(warp, true)[column] = last;
+    if (lane == 0) shared.enters[warp] = enters ? first - 1 : -1, shared.leaves[warp] = leaves ? first - 1 + own : -1;
   }
 
-  __device__ void keep(int64_t run, int64_t segment, int64_t column, const Pair& x, bool enters, bool leaves,
-                       bool any) const {
-    if (enters) {
-      if (any) store_part(2 * run, column, x);
-    } else if (leaves) {
-      store_part(2 * run + 1, column, x);
-      if (column == 0) leaving[run] = segment;
-    } else {
-      out[segment * width + column] = convert<T>(x.result());
-    }
+  // By a warp: adds up the parts of a segment that leaves the warp's run, or, with `entering`, of the one that enters the block.
+  __device__ void join(Shared& shared, bool entering) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t segment = entering ? shared.enters[0] : shared.leaves[warp], column = first_column() + lane;
+    if (segment < 0) return;
+    const int64_t next_block = int64_t(blockIdx.x + 1) * places_of_block();
+    const bool leaves = s.offsets[segment + 1] + segment >= next_block;
+    if (!entering && leaves && blockIdx.y == 0 && lane == 0) leaving[blockIdx.x] = segment;
+    if (lane >= columns() || column >= width) return;
+    Pair all = shared.parts(warp, !entering)[lane];
+    for (int w = warp + 1; w < kRunWarps && shared.enters[w] == segment; ++w) all.add(shared.parts(w, false)[lane]);
+    if (entering || leaves)
+      store_part(2 * int64_t(blockIdx.x) + (entering ? 0 : 1), column, all);
+    else
+      out[segment * width + column] = convert<T>(all.result());
   }
 
-  // By a warp: parts [from, to) of a segment that begins in a run.
-  __device__ Pair add_up(int64_t run, int64_t from, int64_t to) const {
+  // By a warp: parts [from, to) of a segment that begins in a block.
+  __device__ Pair add_up(int64_t block, int64_t from, int64_t to) const {
     const int of = columns(), lane = threadIdx.x % 32;
     const int64_t column = min(first_column() + lane % of, width - 1);
-    const auto part = [&](int64_t i) { return load_part(i == 0 ? 2 * run + 1 : 2 * (run + i), column); };
+    const auto part = [&](int64_t i) { return load_part(i == 0 ? 2 * block + 1 : 2 * (block + i), column); };
     Pair all;
 #pragma unroll 8
     for (int64_t i = from + lane / of; i < to; i += 32 / of) {
@@ -191,10 +236,7 @@ struct LogSumExpKernel {
     }
     all.peak = most_of(all.peak, of);
 #pragma unroll 8
-    for (int64_t i = from + lane / of; i < to; i += 32 / of) {
-      const Pair x = part(i);
-      all.total += x.total == A(0) ? A(0) : x.total * exponential(x.base() - all.base());
-    }
+    for (int64_t i = from + lane / of; i < to; i += 32 / of) all.total += part(i).total_at(all.base());
     all.total = sum_of(all.total, of);
     return all;
   }
@@ -204,12 +246,12 @@ struct LogSumExpKernel {
     __shared__ int64_t counts[kPartWarps];
     __shared__ Pair shared[kPartWarps][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first_run = int64_t(blockIdx.x) * kPartWarps, run = first_run + warp;
-    const int64_t segment = run < runs ? leaving[run] : -1, column = first_column() + lane;
-    const int64_t parts = segment < 0 ? 0 : (s.offsets[segment + 1] + segment) / places() - run + 1;
+    const int64_t first = int64_t(blockIdx.x) * kPartWarps, block = first + warp;
+    const int64_t segment = block < blocks ? leaving[block] : -1, column = first_column() + lane;
+    const int64_t parts = segment < 0 ? 0 : (s.offsets[segment + 1] + segment) / places_of_block() - block + 1;
     if (lane == 0) counts[warp] = parts;
     if (parts > 0 && parts <= kPartsAlone) {
-      const Pair x = add_up(run, 0, parts);
+      const Pair x = add_up(block, 0, parts);
       if (lane < columns() && column < width) out[segment * width + column] = convert<T>(x.result());
     }
     if (!__syncthreads_or(parts > kPartsAlone)) return;
@@ -217,15 +259,15 @@ struct LogSumExpKernel {
       const int64_t many = counts[w];
       if (many <= kPartsAlone) continue;
       const int64_t share = ceil_div(many, int64_t(kPartWarps)), from = min(warp * share, many);
-      const Pair mine = add_up(first_run + w, from, min(from + share, many));
+      const Pair mine = add_up(first + w, from, min(from + share, many));
       if (lane < columns()) shared[warp][lane] = mine;
       __syncthreads();
       if (warp < columns() && first_column() + warp < width) {
         const Pair x = shared[lane][warp];
         Pair all;
         all.peak = most_of(x.peak, 1);
-        all.total = sum_of(x.total == A(0) ? A(0) : x.total * exponential(x.base() - all.base()), 1);
-        if (lane == 0) out[leaving[first_run + w] * width + first_column() + warp] = convert<T>(all.result());
+        all.total = sum_of(x.total_at(all.base()), 1);
+        if (lane == 0) out[leaving[first + w] * width + first_column() + warp] = convert<T>(all.result());
       }
       __syncthreads();
     }
@@ -236,7 +278,11 @@ template <class Kernel>
 __global__ void __launch_bounds__(kRunThreads) logsumexp_kernel(const Kernel k) {
   let_next_launch();
   __shared__ typename Kernel::Shared shared;
+  if (k.leaving && blockIdx.y == 0 && threadIdx.x == 0) k.leaving[blockIdx.x] = -1;
   k.run(shared);
+  __syncthreads();
+  k.join(shared, false);
+  if (threadIdx.x < 32) k.join(shared, true);
 }
 
 template <class Kernel>

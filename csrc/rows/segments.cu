@@ -9,8 +9,6 @@ constexpr int widest(size_t element_bytes) {
   return element_bytes == 8 ? 2 : 4;
 }
 
-constexpr int64_t kSegmentsOfBlock = 4096;  // at most, among them empty ones to store
-
 int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
 // Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
@@ -25,18 +23,22 @@ Deal deal_out(const Segments& s, int64_t width, int vector) {
 template <typename T, int kVector>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
   using Kernel = SumKernel<T, kVector>;
+  const bool many_empty = s.segments > 2 * s.members;  // then nobody walks along runs of them
   const Deal deal = deal_out(s, width, kVector);
   int64_t* leaving = deal.blocks > 1 ? static_cast<int64_t*>(workspace) : nullptr;
   auto* partials = reinterpret_cast<Wide<T>*>(static_cast<char*>(workspace) + aligned_bytes(deal.blocks));
-  const Kernel k{values, s, width, out, leaving, partials, deal};
+  const Kernel k{values, s, width, out, leaving, partials, deal, many_empty};
   const unsigned columns = unsigned(ceil_div(width / kVector, deal.lanes));
+  const dim3 threads(deal.lanes, deal.groups());
+  if (many_empty) empty_kernel<<<dim3(unsigned(ceil_div(s.segments, threads.y)), columns), threads, 0, stream>>>(k);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+  if (s.members == 0) return cudaSuccess;
   const size_t shared = Kernel::shared_bytes(deal);
   TA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(sum_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  const int64_t blocks = std::max(deal.blocks, ceil_div(s.segments, kSegmentsOfBlock));
-  sum_kernel<<<dim3(unsigned(blocks), columns), dim3(deal.lanes, deal.groups()), shared, stream>>>(k);
+  sum_kernel<<<dim3(unsigned(deal.blocks), columns), threads, shared, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (deal.blocks <= 1) return cudaSuccess;
+  if (deal.blocks == 1) return cudaSuccess;
   const dim3 adders(deal.lanes, kCombineThreads / deal.lanes);
   return launch_early(combine_kernel<Kernel>, dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
                       kCombineThreads * sizeof(typename Kernel::Accumulator), stream, k);

@@ -57,6 +57,7 @@ struct SumKernel {
   int64_t* leaving;  // (blocks) the hot segment that starts in a block and leaves it, or -1
   A* partials;       // (2 * blocks, width): of the segment entering a block, and of the one leaving it
   Deal deal;
+  bool has_zeros;  // empty segments are already written
 
   static size_t shared_bytes(const Deal& deal) {
     return sizeof(Accumulator) * 2 * kFoldThreads + sizeof(Parts) * deal.groups() +
@@ -74,51 +75,56 @@ struct SumKernel {
     *reinterpret_cast<Load*>(out + segment * width + column()) = result;
   }
 
-  // The block's share of the segments: 0 where they are empty. Lanes look at one each, groups take turns to write.
-  __device__ void store_empty() const {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, lane = thread % 32;
-    const int64_t share = ceil_div(s.segments, int64_t(gridDim.x)), end = min((blockIdx.x + 1) * share, s.segments);
-    for (int64_t from = blockIdx.x * share + thread - lane; from < end; from += kFoldThreads) {
-      const bool empty = from + lane < end && s.offsets[from + lane] == s.offsets[from + lane + 1];
-      for (unsigned left = __ballot_sync(0xffffffffu, empty); left != 0; left &= left - 1) {
-        const int which = __ffs(left) - 1;
-        if (which * int(blockDim.x) % 32 == lane - int(threadIdx.x) && column() < width)
-          store(from + which, Accumulator());
-      }
-    }
+  // Stores a segment and the empty ones since `previous`.
+  __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a) const {
+    store(segment, a);
+    if (has_zeros) return;
+    for (int64_t empty = previous + 1; empty < segment; ++empty) store(empty, Accumulator());
+  }
+
+  // By a launch's groups in turns: the empty segments behind the last member of any.
+  __device__ void store_rest() const {
+    if (has_zeros || column() >= width) return;
+    const int64_t members = s.offsets[s.segments], last = members > 0 ? s.index[s.order[members - 1]] : -1;
+    const int64_t groups = int64_t(gridDim.x) * blockDim.y;
+    for (int64_t empty = last + 1 + int64_t(blockIdx.x) * blockDim.y + threadIdx.y; empty < s.segments; empty += groups)
+      store(empty, Accumulator());
   }
 
   __device__ Accumulator* partial(int64_t slot) const {
     return reinterpret_cast<Accumulator*>(partials + slot * width + column());
   }
 
-  // Entries of the block's members, and behind them the next member's segment (-1: there is none). Members from
-  // offsets[segments] on belong to none: what `order` says of them is not looked at. Returns the segment before the block.
-  __device__ int look_up(int64_t first, Entry* entries, int* count) const {
+  // Members [first, first + count) of the block: entries, and behind them the next member's segment (-1: there is none).
+  // Members from offsets[segments] on belong to none, and nothing that `order` says of them is looked at: they lower `count`.
+  // Returns the segment of the member before them.
+  __device__ int look_up(int64_t first, int& count, Entry* entries) const {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const int64_t members = s.offsets[s.segments], room = min(int64_t(deal.per_block()), s.members - first);
-    const int64_t last_before = first > 0 && room > 0 ? s.order[first - 1] : 0;
-    for (int i = thread; i <= room; i += kFoldThreads) {
+    const int64_t members = s.offsets[s.segments], member_before = first > 0 ? s.order[first - 1] : 0;
+    const int before = first > 0 && first <= members ? int(s.index[member_before]) : -1;
+    for (int i = thread; i <= count; i += kFoldThreads) {
       Entry e{0, -1};
       if (first + i < s.members) e.member = int(s.order[first + i]);
       if (first + i < members) e.segment = int(s.index[e.member]);
       entries[entry(i)] = e;
     }
-    *count = int(min(room, members - first));
+    count = int(min(int64_t(count), members - first));
     __syncthreads();
-    for (int i = thread; i < *count; i += kFoldThreads)
+    for (int i = thread; i < count; i += kFoldThreads)
       if (entries[entry(i)].segment != entries[entry(i + 1)].segment) entries[entry(i)].member = ~entries[entry(i)].member;
     __syncthreads();
-    return first > 0 && *count > 0 ? int(s.index[last_before]) : -1;
+    return before;
   }
 
-  // A tile: members [from, to) of the block's `count`.
-  __device__ void tile(const Shared& shared, int64_t first, int count, int from, int to, int before, Parts& parts) const {
+  // A tile: members [from, to) of the block's `count`. `previous` becomes the segment before the one that leaves.
+  __device__ void tile(const Shared& shared, int64_t first, int count, int from, int to, int before, int& previous,
+                       Parts& parts) const {
     const Entry* entries = shared.entries;
     const int opening = entries[entry(from)].segment, closing = entries[entry(to - 1)].segment;
     const bool enters = (from == 0 ? before : entries[entry(from - 1)].segment) == opening;
     const bool leaves = entries[entry(to)].segment == closing && !(enters && opening == closing);
     int begin = from, end = to;
+    previous = from == 0 ? before : entries[entry(from - 1)].segment;
     if (enters && hot(opening)) {
       parts.head = opening;
     } else if (enters) {  // another tile's
@@ -138,9 +144,11 @@ struct SumKernel {
       if (entering || (behind == end && parts.tail >= 0)) {
         shared.parts[(2 * threadIdx.y + (entering ? 0 : 1)) * blockDim.x + threadIdx.x] = a;
         entering = false;
+        if (behind == end) return;  // `previous` stays
       } else {
-        store(segment, a);
+        finish(previous, segment, a);
       }
+      previous = segment;
       a = Accumulator();
     };
     const int known = min(end, count);
@@ -166,17 +174,18 @@ struct SumKernel {
 
   __device__ void block(const Shared& shared) const {
     const int64_t first = int64_t(blockIdx.x) * deal.per_block();
-    int count;
-    const int before = look_up(first, shared.entries, &count);
-    const bool says = leaving && blockIdx.x < deal.blocks && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0;
+    int count = int(min(int64_t(deal.per_block()), s.members - first));
+    const int before = look_up(first, count, shared.entries);
+    const bool says = leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0;
     if (count <= 0) {
       if (says) leaving[blockIdx.x] = -1;
       return;
     }
     const int from = threadIdx.y << deal.tile_bits, to = min(from + (1 << deal.tile_bits), count);
     const bool inside = column() < width;
+    int previous = -1;
     Parts parts{-1, -1};
-    if (inside && from < count) tile(shared, first, count, from, to, before, parts);
+    if (inside && from < count) tile(shared, first, count, from, to, before, previous, parts);
     if (threadIdx.x == 0) shared.segments[threadIdx.y] = parts;
     const int last = shared.entries[entry(count - 1)].segment, next = shared.entries[entry(count)].segment;
     if (says) leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
@@ -193,7 +202,14 @@ struct SumKernel {
     if (parts.tail == next)
       *partial(2 * int64_t(blockIdx.x) + 1) = a;
     else
-      store(parts.tail, a);
+      finish(previous, parts.tail, a);
+  }
+
+  // Stores a segment whose parts were added up.
+  __device__ void finish_hot(int64_t segment, const Accumulator& a) const {
+    const int64_t begin = s.offsets[segment];
+    const int64_t previous = has_zeros || begin == 0 ? -1 : s.index[s.order[begin - 1]];
+    finish(previous, segment, a);
   }
 
   // By a block: a group adds up a segment's parts, or all groups where there are many, each a run of them.
@@ -207,12 +223,15 @@ struct SumKernel {
     const auto add_up = [&](int64_t block, int64_t from, int64_t to) {
       Accumulator a;
 #pragma unroll 4
-      for (int64_t i = from; i < to; ++i) a.add(*partial(i == 0 ? 2 * block + 1 : 2 * (block + i)));
+      for (int64_t i = from; i < to; ++i) {
+        const Accumulator part = *partial(i == 0 ? 2 * block + 1 : 2 * (block + i));
+        a.add(part);
+      }
       return a;
     };
     const int64_t count = segment < 0 ? 0 : parts_of(block, segment);
     if (threadIdx.x == 0) counts[threadIdx.y] = count;
-    if (inside && count > 0 && count <= kAlone) store(segment, add_up(block, 0, count));
+    if (inside && count > 0 && count <= kAlone) finish_hot(segment, add_up(block, 0, count));
     if (!__syncthreads_or(count > kAlone)) return;
     for (int y = 0; y < blockDim.y; ++y) {
       const int64_t many = counts[y];
@@ -224,7 +243,7 @@ struct SumKernel {
       if (threadIdx.y == 0 && inside) {
         Accumulator a = shared[threadIdx.x];
         for (int g = 1; g < ceil_div(many, share); ++g) a.add(shared[g * blockDim.x + threadIdx.x]);
-        store(leaving[start], a);
+        finish_hot(leaving[start], a);
       }
       __syncthreads();
     }
@@ -238,7 +257,7 @@ __global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) sum_kernel(const Ke
   auto* parts = reinterpret_cast<typename Kernel::Accumulator*>(bytes);
   auto* segments = reinterpret_cast<typename Kernel::Parts*>(parts + 2 * kFoldThreads);
   k.block({reinterpret_cast<typename Kernel::Entry*>(segments + blockDim.y), parts, segments});
-  k.store_empty();
+  if (gridDim.x == 1) k.store_rest();
 }
 
 template <class Kernel>
@@ -247,6 +266,14 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k
   __shared__ int64_t counts[kCombineThreads];
   extern __shared__ __align__(16) unsigned char bytes[];
   k.combine(reinterpret_cast<typename Kernel::Accumulator*>(bytes), counts);
+  k.store_rest();
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(kFoldThreads) empty_kernel(const Kernel k) {
+  const int64_t segment = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (segment < k.s.segments && k.column() < k.width && k.s.offsets[segment] == k.s.offsets[segment + 1])
+    k.store(segment, typename Kernel::Accumulator());
 }
 
 // Every thread copies its vector of several members' rows; all loads are in flight before the first store.
