@@ -44,7 +44,7 @@ struct Partials {
   int64_t count, queries, dim;
 };
 
-// -> out (queries, dim), lse (queries). Partials with lse -inf are not read. out_type is the partials', or a half type for float.
+// -> out (queries, dim), lse (queries). Partials with lse -inf may hold anything. out_type is the partials', or a half type for float.
 cudaError_t merge(const Partials& partials, Type out_type, void* out, void* lse, cudaStream_t stream);
 
 // out (queries, dim) and lse (queries) become the merge of themselves and one more partial of the same type.

@@ -121,21 +121,20 @@ struct LogSumExpKernel {
     return total;
   }
 
-  // Rows of sorted members [first, first + count).
+  // Rows of sorted members [first, first + count). No load depends on a condition, so that all of them are under way at once:
+  // past the end the last row is read again.
   __device__ void gather(Load* rows, int64_t first, int count) const {
     constexpr int kEach = kRunVectors / 32;
+    if (count == 0) return;
     const int lane = threadIdx.x % 32;
     const int64_t column = first_column() + (lane & ((1 << lane_bits) - 1)) * kVector;
-    int member[kEach];
-    Load x[kEach] = {};
+    const T* from = values + (column < width ? column : 0);
+    int64_t member[kEach];
+    Load x[kEach];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int m = (j * 32 + lane) >> lane_bits;
-      member[j] = m < count && column < width ? int(s.order[first + m]) : -1;
-    }
+    for (int j = 0; j < kEach; ++j) member[j] = s.order[first + min((j * 32 + lane) >> lane_bits, count - 1)];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j)
-      if (member[j] >= 0) x[j] = *reinterpret_cast<const Load*>(values + member[j] * width + column);
+    for (int j = 0; j < kEach; ++j) x[j] = *reinterpret_cast<const Load*>(from + member[j] * width);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) rows[j * 32 + lane] = x[j];
   }

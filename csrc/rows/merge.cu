@@ -35,6 +35,7 @@ __device__ __forceinline__ A lse_of_mine(const A* lses, int64_t first, int64_t c
 template <typename A>
 __device__ A merged_lse_across(const A* lses, int64_t count, int64_t stride) {
   A peak = negative_infinity<A>(), total = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < count; first += blockDim.x) {
     const A mine = lse_of_mine(lses, first, count, stride);
     peak = mine > peak ? mine : peak;
@@ -43,6 +44,7 @@ __device__ A merged_lse_across(const A* lses, int64_t count, int64_t stride) {
     const A other = __shfl_xor_sync(0xffffffffu, peak, d);
     peak = other > peak ? other : peak;
   }
+#pragma unroll 1
   for (int64_t first = 0; first < count; first += blockDim.x) {
     const A mine = lse_of_mine(lses, first, count, stride);
     if (mine != negative_infinity<A>()) total += exponential(mine - peak);  // keeps NaN
@@ -61,6 +63,19 @@ __device__ __forceinline__ void shares_from(A mine, int from, A (&share)[kCount]
   }
 }
 
+// A vector of each of kCount partials from the n-th, all under way at once. Where one has no share, the row before is read again,
+// at first partial 0's: no load depends on a condition.
+template <int kCount, typename T, typename A, int kVector>
+__device__ __forceinline__ void load_rows(Vector<T, kVector> (&x)[kCount], const A (&share)[kCount], const T* from,
+                                          int64_t n, int64_t stride, int64_t& row) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    row = share[j] != A(0) ? n + j : row;
+    x[j] = *reinterpret_cast<const Vector<T, kVector>*>(from + row * stride);
+  }
+  asm volatile("" ::: "memory");  // or each load moves to where it is used
+}
+
 template <typename T, typename O, typename A, int kVector>
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, O* out, A* lse) {
@@ -71,21 +86,23 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (inside && threadIdx.x == 0) lse[query] = merged;
   for (int64_t start = 0; start < dim; start += blockDim.x * kVector) {
     const int64_t d = start + threadIdx.x * kVector;
+    const T* from_column = outs + query * dim + (d < dim ? d : 0);
     A total[kVector] = {};
+    int64_t row = 0;
+#pragma unroll 1
     for (int64_t first = 0; first < count; first += blockDim.x) {
       const A mine = share_of(lse_of_mine(lses + query, first, count, queries), merged);
+#pragma unroll 1
       for (int from = 0; from < blockDim.x && first + from < count; from += kMergeAhead) {
         A share[kMergeAhead];
-        Vector<T, kVector> x[kMergeAhead] = {};
+        Vector<T, kVector> x[kMergeAhead];
         shares_from(mine, from, share);
-#pragma unroll
-        for (int j = 0; j < kMergeAhead; ++j)  // an absent partial may hold anything
-          if (share[j] != A(0) && d < dim)
-            x[j] = *reinterpret_cast<const Vector<T, kVector>*>(outs + ((first + from + j) * queries + query) * dim + d);
+        load_rows(x, share, from_column, first + from, queries * dim, row);
 #pragma unroll
         for (int j = 0; j < kMergeAhead; ++j)
+          if (share[j] != A(0))  // an absent partial may hold anything
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) total[i] += share[j] * convert<A>(x[j].at[i]);
+            for (int i = 0; i < kVector; ++i) total[i] += share[j] * convert<A>(x[j].at[i]);
       }
     }
     Vector<O, kVector> result;
@@ -132,28 +149,35 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (!inside) query = queries - 1;
   const A merged = lse[query];
   A mean = 0;
+  int64_t row = 0;
+#pragma unroll 1
   for (int64_t first = 0; first < count; first += blockDim.x) {
     const A mine = share_of(lse_of_mine(lses + query, first, count, queries), merged);
     A my_dot = 0;
+#pragma unroll 1
     for (int from = 0; from < blockDim.x && first + from < count; from += kBackwardAhead) {
       A share[kBackwardAhead], dot[kBackwardAhead] = {};
       shares_from(mine, from, share);
+#pragma unroll 1
       for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
-        const auto at = [&](int j) { return ((first + from + j) * queries + query) * dim + d; };
-        const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + query * dim + d);
-        Vector<T, kVector> x[kBackwardAhead] = {}, result;
-#pragma unroll
-        for (int j = 0; j < kBackwardAhead; ++j)
-          if (share[j] != A(0)) x[j] = *reinterpret_cast<const Vector<T, kVector>*>(outs + at(j));
+        const int64_t column = query * dim + d;
+        Vector<T, kVector> x[kBackwardAhead], result;
+        const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + column);
+        load_rows(x, share, outs + column, first + from, queries * dim, row);
 #pragma unroll
         for (int j = 0; j < kBackwardAhead; ++j) {
+          A sum = 0;
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            dot[j] += convert<A>(g.at[i]) * convert<A>(x[j].at[i]);
-            result.at[i] = convert<T>(share[j] == A(0) ? A(0) : share[j] * convert<A>(g.at[i]));
+            sum += convert<A>(g.at[i]) * convert<A>(x[j].at[i]);
+            result.at[i] = convert<T>(share[j] * convert<A>(g.at[i]));
           }
+          if (share[j] == A(0))
+            result = {};
+          else
+            dot[j] += sum;
           if (inside && from + j < blockDim.x && first + from + j < count)
-            *reinterpret_cast<Vector<T, kVector>*>(grad_outs + at(j)) = result;
+            *reinterpret_cast<Vector<T, kVector>*>(grad_outs + (first + from + j) * queries * dim + column) = result;
         }
       }
 #pragma unroll

@@ -79,6 +79,7 @@ struct SumKernel {
   __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a) const {
     store(segment, a);
     if (has_zeros) return;
+#pragma unroll 1  // there are few, and this stands in the loop over members
     for (int64_t empty = previous + 1; empty < segment; ++empty) store(empty, Accumulator());
   }
 
@@ -87,6 +88,7 @@ struct SumKernel {
     if (has_zeros || column() >= width) return;
     const int64_t members = s.offsets[s.segments], last = members > 0 ? s.index[s.order[members - 1]] : -1;
     const int64_t groups = int64_t(gridDim.x) * blockDim.y;
+#pragma unroll 1
     for (int64_t empty = last + 1 + int64_t(blockIdx.x) * blockDim.y + threadIdx.y; empty < s.segments; empty += groups)
       store(empty, Accumulator());
   }
