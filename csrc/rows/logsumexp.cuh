@@ -5,6 +5,8 @@
 // and the width alone.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "../early.cuh"
 #include "vector.cuh"
 
@@ -83,6 +85,7 @@ struct LogSumExpKernel {
   __host__ __device__ int places() const { return kRunVectors >> lane_bits; }
   __host__ __device__ int places_of_block() const { return kRunWarps * places(); }
   __host__ __device__ int columns() const { return kVector << lane_bits; }
+  __device__ int column_bits() const { return 31 - __clz(kVector) + lane_bits; }
   __device__ int64_t first_column() const { return int64_t(blockIdx.y) * columns(); }
   __device__ int64_t place_of(int64_t segment) const { return s.offsets[segment] + segment; }
 
@@ -130,13 +133,18 @@ struct LogSumExpKernel {
     const int64_t column = first_column() + (lane & ((1 << lane_bits) - 1)) * kVector;
     const T* from = values + (column < width ? column : 0);
     int64_t member[kEach];
-    Load x[kEach];
 #pragma unroll
     for (int j = 0; j < kEach; ++j) member[j] = s.order[first + min((j * 32 + lane) >> lane_bits, count - 1)];
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) x[j] = *reinterpret_cast<const Load*>(from + member[j] * width);
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) rows[j * 32 + lane] = x[j];
+    for (int j = 0; j < kEach; ++j) {
+      const Load* row = reinterpret_cast<const Load*>(from + member[j] * width);
+      if constexpr (sizeof(Load) >= 4)
+        __pipeline_memcpy_async(rows + j * 32 + lane, row, sizeof(Load));
+      else
+        rows[j * 32 + lane] = *row;
+    }
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
   }
 
   __device__ void run(Shared& shared) const {
@@ -159,7 +167,7 @@ struct LogSumExpKernel {
     gather(shared.rows[warp], first_member, count);
     __syncwarp();
 
-    const int of = columns(), at_once = 32 / of, column = lane & (of - 1), place_in_group = lane / of;
+    const int of = columns(), at_once = 32 >> column_bits(), column = lane & (of - 1), place_in_group = lane >> column_bits();
     const T* mine = reinterpret_cast<const T*>(shared.rows[warp]) + column;
     const bool enters = begins[1] > 0, leaves = own > 0 && begins[own + 1] > count;
     const bool inside = first_column() + column < width;
@@ -192,7 +200,7 @@ struct LogSumExpKernel {
           Pair all;
           all.peak = most_of(peak_of(mine, begin, stop, at_once, of), of);
           all.total = sum_of(total_of(mine, all.base(), begin, stop, at_once, of), of);
-          if (place_in_group == owner / of) x = all;
+          if (place_in_group == owner >> column_bits()) x = all;
         }
         if (whole) to_segment[i * width] = convert<T>(x.result());
       }
@@ -201,7 +209,7 @@ struct LogSumExpKernel {
     }
     __syncwarp();  // the rows are read
     if (place_in_group == 0) shared.parts(warp, false)[column] = entering;
-    if (place_in_group == own % at_once) shared.parts(warp, true)[column] = last;
+    if (place_in_group == (own & (at_once - 1))) shared.parts(warp, true)[column] = last;
     if (lane == 0) shared.enters[warp] = enters ? first - 1 : -1, shared.leaves[warp] = leaves ? first - 1 + own : -1;
   }
 
@@ -224,18 +232,18 @@ struct LogSumExpKernel {
 
   // By a warp: parts [from, to) of a segment that begins in a block.
   __device__ Pair add_up(int64_t block, int64_t from, int64_t to) const {
-    const int of = columns(), lane = threadIdx.x % 32;
-    const int64_t column = min(first_column() + lane % of, width - 1);
+    const int of = columns(), lane = threadIdx.x % 32, at_once = 32 >> column_bits();
+    const int64_t column = min(first_column() + (lane & (of - 1)), width - 1);
     const auto part = [&](int64_t i) { return load_part(i == 0 ? 2 * block + 1 : 2 * (block + i), column); };
     Pair all;
 #pragma unroll 8
-    for (int64_t i = from + lane / of; i < to; i += 32 / of) {
+    for (int64_t i = from + (lane >> column_bits()); i < to; i += at_once) {
       const A peak = part(i).peak;
       all.peak = peak > all.peak ? peak : all.peak;
     }
     all.peak = most_of(all.peak, of);
 #pragma unroll 8
-    for (int64_t i = from + lane / of; i < to; i += 32 / of) all.total += part(i).total_at(all.base());
+    for (int64_t i = from + (lane >> column_bits()); i < to; i += at_once) all.total += part(i).total_at(all.base());
     all.total = sum_of(all.total, of);
     return all;
   }

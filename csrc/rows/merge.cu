@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_rows(Vector<T, kVector> (&x)[kCount], const
 }
 
 template <typename T, typename O, typename A, int kVector>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 4)
     merge_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, O* out, A* lse) {
   int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = query < queries;  // every thread of a warp takes part in its shuffles
