@@ -110,18 +110,20 @@ struct LogSumExpKernel {
   }
 
   // Members [from, to) of a run in one column, every `step`-th.
-  __device__ static A peak_of(const T* x, int from, int to, int step, int columns) {
-    A peak = negative_infinity<A>();
+  template <int kTogether>
+  __device__ static Pair reduce(const T* x, int from, int to, int step, int columns, bool across) {
+    Pair all;
+#pragma unroll kTogether
     for (int m = from; m < to; m += step) {
       const A value = convert<A>(x[m * columns]);
-      peak = value > peak ? value : peak;
+      all.peak = value > all.peak ? value : all.peak;
     }
-    return peak;
-  }
-  __device__ static A total_of(const T* x, A base, int from, int to, int step, int columns) {
-    A total = 0;
-    for (int m = from; m < to; m += step) total += exponential_below(convert<A>(x[m * columns]) - base);
-    return total;
+    if (across) all.peak = most_of(all.peak, columns);
+    const A base = all.base();
+#pragma unroll kTogether
+    for (int m = from; m < to; m += step) all.total += exponential_below(convert<A>(x[m * columns]) - base);
+    if (across) all.total = sum_of(all.total, columns);
+    return all;
   }
 
   // Rows of sorted members [first, first + count). No load depends on a condition, so that all of them are under way at once:
@@ -189,17 +191,12 @@ struct LogSumExpKernel {
         if (whole) to_segment[i * width] = convert<T>(value);
       } else {
         const bool is_long = to - from > kSerial;
-        if (!is_long && to > from) {
-          x.peak = peak_of(mine, from, to, 1, of);
-          x.total = total_of(mine, x.base(), from, to, 1, of);
-        }
+        if (!is_long) x = reduce<1>(mine, from, to, 1, of, false);
         for (unsigned left = __ballot_sync(0xffffffffu, is_long && column == 0); left != 0; left &= left - 1) {
           const int owner = __ffs(left) - 1;
           const int begin = __shfl_sync(0xffffffffu, from, owner) + place_in_group;
           const int stop = __shfl_sync(0xffffffffu, to, owner);
-          Pair all;
-          all.peak = most_of(peak_of(mine, begin, stop, at_once, of), of);
-          all.total = sum_of(total_of(mine, all.base(), begin, stop, at_once, of), of);
+          const Pair all = reduce<4>(mine, begin, stop, at_once, of, true);
           if (place_in_group == owner >> column_bits()) x = all;
         }
         if (whole) to_segment[i * width] = convert<T>(x.result());

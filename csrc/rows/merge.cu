@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 // d outs_n = share_n dout;  d lse_n = share_n (dout . outs_n - sum_m share_m dout . outs_m + dlse)
 template <typename T, typename O, typename A, int kVector>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 2)
     merge_backward_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, const O* grad_out,
                           const A* grad_lse, const A* lse, T* grad_outs, A* grad_lses) {
   int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const A merged = lse[query];
   A mean = 0;
   int64_t row = 0;
+  const int64_t stride = queries * dim;
 #pragma unroll 1
   for (int64_t first = 0; first < count; first += blockDim.x) {
     const A mine = share_of(lse_of_mine(lses + query, first, count, queries), merged);
@@ -163,7 +164,8 @@ __global__ void __launch_bounds__(kMergeThreads)
         const int64_t column = query * dim + d;
         Vector<T, kVector> x[kBackwardAhead], result;
         const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + column);
-        load_rows(x, share, outs + column, first + from, queries * dim, row);
+        load_rows(x, share, outs + column, first + from, stride, row);
+        T* to = grad_outs + (first + from) * stride + column;
 #pragma unroll
         for (int j = 0; j < kBackwardAhead; ++j) {
           A sum = 0;
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kMergeThreads)
           else
             dot[j] += sum;
           if (inside && from + j < blockDim.x && first + from + j < count)
-            *reinterpret_cast<Vector<T, kVector>*>(grad_outs + (first + from + j) * queries * dim + column) = result;
+            *reinterpret_cast<Vector<T, kVector>*>(to + j * stride) = result;
         }
       }
 #pragma unroll
