@@ -38,8 +38,13 @@ struct Exponentials {
   }
 };
 
-// Of a member relative to its segment's peak: what the fast instruction loses is lost to the sum's rounding.
-__device__ __forceinline__ float exponential_below(float x) { return __expf(x); }
+// Of a member relative to its segment's peak, at most 0: what the fast instruction loses is lost to the sum's rounding, below
+// 2^-126 it gives 0.
+__device__ __forceinline__ float exponential_below(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 __device__ __forceinline__ double exponential_below(double x) { return exp(x); }
 
 // Across lanes that hold the same column: `columns` lanes side by side hold different ones.
@@ -110,17 +115,16 @@ struct LogSumExpKernel {
   }
 
   // Members [from, to) of a run in one column, every `step`-th.
-  template <int kTogether>
   __device__ static Pair reduce(const T* x, int from, int to, int step, int columns, bool across) {
     Pair all;
-#pragma unroll kTogether
+#pragma unroll 1
     for (int m = from; m < to; m += step) {
       const A value = convert<A>(x[m * columns]);
       all.peak = value > all.peak ? value : all.peak;
     }
     if (across) all.peak = most_of(all.peak, columns);
     const A base = all.base();
-#pragma unroll kTogether
+#pragma unroll 1
     for (int m = from; m < to; m += step) all.total += exponential_below(convert<A>(x[m * columns]) - base);
     if (across) all.total = sum_of(all.total, columns);
     return all;
@@ -173,9 +177,9 @@ struct LogSumExpKernel {
     const T* mine = reinterpret_cast<const T*>(shared.rows[warp]) + column;
     const bool enters = begins[1] > 0, leaves = own > 0 && begins[own + 1] > count;
     const bool inside = first_column() + column < width;
-    T* to_segment = out + (first - 1) * width + first_column() + column;
+    T* result = out + (first - 1 + place_in_group) * width + first_column() + column;
     Pair entering, last;
-    for (int group = 0; group <= own; group += at_once) {
+    for (int group = 0; group <= own; group += at_once, result += at_once * width) {
       const int i = group + place_in_group;
       const bool there = i <= own;
       const int from = there ? min(int(begins[i]), count) : 0, to = there ? min(int(begins[i + 1]), count) : 0;
@@ -188,18 +192,18 @@ struct LogSumExpKernel {
           x.peak = value > x.peak ? value : x.peak;
           x.total = exponential_below(value - x.base());
         }
-        if (whole) to_segment[i * width] = convert<T>(value);
+        if (whole) *result = convert<T>(value);
       } else {
         const bool is_long = to - from > kSerial;
-        if (!is_long) x = reduce<1>(mine, from, to, 1, of, false);
+        if (!is_long) x = reduce(mine, from, to, 1, of, false);
         for (unsigned left = __ballot_sync(0xffffffffu, is_long && column == 0); left != 0; left &= left - 1) {
           const int owner = __ffs(left) - 1;
           const int begin = __shfl_sync(0xffffffffu, from, owner) + place_in_group;
           const int stop = __shfl_sync(0xffffffffu, to, owner);
-          const Pair all = reduce<4>(mine, begin, stop, at_once, of, true);
+          const Pair all = reduce(mine, begin, stop, at_once, of, true);
           if (place_in_group == owner >> column_bits()) x = all;
         }
-        if (whole) to_segment[i * width] = convert<T>(x.result());
+        if (whole) *result = convert<T>(x.result());
       }
       if (group == 0) entering = x;
       last = x;
