@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kMergeThreads = 256;
 constexpr int kMergeAhead = 8;     // partials in flight per thread
-constexpr int kBackwardAhead = 4;  // the same where as much is written
+constexpr int kBackwardAhead = 1;  // the same where as much is written: there warps keep memory busy, and registers count
 
 template <typename A>
 __device__ A merged_lse(const A* lses, int64_t count, int64_t stride) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 // d outs_n = share_n dout;  d lse_n = share_n (dout . outs_n - sum_m share_m dout . outs_m + dlse)
 template <typename T, typename O, typename A, int kVector>
-__global__ void __launch_bounds__(kMergeThreads, 2)
+__global__ void __launch_bounds__(kMergeThreads)
     merge_backward_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, const O* grad_out,
                           const A* grad_lse, const A* lse, T* grad_outs, A* grad_lses) {
   int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -149,37 +149,28 @@ __global__ void __launch_bounds__(kMergeThreads, 2)
   if (!inside) query = queries - 1;
   const A merged = lse[query];
   A mean = 0;
-  int64_t row = 0;
-  const int64_t stride = queries * dim;
-#pragma unroll 1
   for (int64_t first = 0; first < count; first += blockDim.x) {
     const A mine = share_of(lse_of_mine(lses + query, first, count, queries), merged);
     A my_dot = 0;
-#pragma unroll 1
     for (int from = 0; from < blockDim.x && first + from < count; from += kBackwardAhead) {
       A share[kBackwardAhead], dot[kBackwardAhead] = {};
       shares_from(mine, from, share);
-#pragma unroll 1
       for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
-        const int64_t column = query * dim + d;
-        Vector<T, kVector> x[kBackwardAhead], result;
-        const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + column);
-        load_rows(x, share, outs + column, first + from, stride, row);
-        T* to = grad_outs + (first + from) * stride + column;
+        const auto at = [&](int j) { return ((first + from + j) * queries + query) * dim + d; };
+        const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + query * dim + d);
+        Vector<T, kVector> x[kBackwardAhead] = {}, result;
+#pragma unroll
+        for (int j = 0; j < kBackwardAhead; ++j)
+          if (share[j] != A(0)) x[j] = *reinterpret_cast<const Vector<T, kVector>*>(outs + at(j));
 #pragma unroll
         for (int j = 0; j < kBackwardAhead; ++j) {
-          A sum = 0;
 #pragma unroll
           for (int i = 0; i < kVector; ++i) {
-            sum += convert<A>(g.at[i]) * convert<A>(x[j].at[i]);
-            result.at[i] = convert<T>(share[j] * convert<A>(g.at[i]));
+            dot[j] += convert<A>(g.at[i]) * convert<A>(x[j].at[i]);
+            result.at[i] = convert<T>(share[j] == A(0) ? A(0) : share[j] * convert<A>(g.at[i]));
           }
-          if (share[j] == A(0))
-            result = {};
-          else
-            dot[j] += sum;
           if (inside && from + j < blockDim.x && first + from + j < count)
-            *reinterpret_cast<Vector<T, kVector>*>(to + j * stride) = result;
+            *reinterpret_cast<Vector<T, kVector>*>(grad_outs + at(j)) = result;
         }
       }
 #pragma unroll
@@ -232,12 +223,13 @@ struct Launch {
 };
 
 // Calls run(Launch) for the types of the partials and of the result, with the widest vectors their addresses allow.
-template <typename T, typename O, typename A, class Run>
+template <typename T, typename O, typename A, int kVector = 16 / int(sizeof(T)), class Run>
 cudaError_t with_vectors(const Partials& p, std::initializer_list<int64_t> addresses, cudaStream_t stream, Run run) {
-  constexpr int kMost = 16 / int(sizeof(T));
-  constexpr int64_t kBytes = kMost * int64_t(sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O));
-  if (p.dim % kMost == 0 && divides(kBytes, addresses)) return run(Launch<T, O, A, kMost>{p, stream});
-  return run(Launch<T, O, A, 1>{p, stream});
+  constexpr int64_t kBytes = kVector * int64_t(std::max(sizeof(T), sizeof(O)));
+  if constexpr (kVector > 1)
+    if (p.dim % kVector != 0 || !divides(kBytes, addresses))
+      return with_vectors<T, O, A, kVector == 8 ? 4 : 1>(p, addresses, stream, run);
+  return run(Launch<T, O, A, kVector>{p, stream});
 }
 
 template <class Run>

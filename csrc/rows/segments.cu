@@ -5,16 +5,14 @@
 namespace rows {
 namespace {
 
-constexpr int widest(size_t element_bytes) {
-  return element_bytes == 8 ? 2 : 4;
-}
+constexpr int widest(size_t element_bytes) { return int(16 / element_bytes); }
 
 int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
 // Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
 Deal deal_out(const Segments& s, int64_t width, int vector) {
   Deal deal{lanes_for(width / vector), 2, 0};
-  const int64_t wanted = s.members * deal.lanes >> TA_SHIFT;
+  const int64_t wanted = s.members * deal.lanes >> 18;
   while (deal.tile_bits < 6 && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
   deal.blocks = ceil_div(s.members, deal.per_block());
   return deal;
@@ -44,15 +42,14 @@ cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, vo
                       kCombineThreads * sizeof(typename Kernel::Accumulator), stream, k);
 }
 
-template <typename T>
+// With the widest vectors that the width and the addresses allow.
+template <typename T, int kVector = widest(sizeof(T))>
 cudaError_t launch_type(const void* values, const Segments& s, int64_t width, void* out, void* workspace,
                         cudaStream_t stream) {
-  const T* from = static_cast<const T*>(values);
-  T* to = static_cast<T*>(out);
-  constexpr int kMost = widest(sizeof(T));
-  if (width % kMost == 0 && divides(kMost * sizeof(T), {address(from), address(to)}))
-    return launch<T, kMost>(from, s, width, to, workspace, stream);
-  return launch<T, 1>(from, s, width, to, workspace, stream);
+  if constexpr (kVector > 1)
+    if (width % kVector != 0 || !divides(kVector * sizeof(T), {address(values), address(out)}))
+      return launch_type<T, kVector == 8 ? 4 : 1>(values, s, width, out, workspace, stream);
+  return launch<T, kVector>(static_cast<const T*>(values), s, width, static_cast<T*>(out), workspace, stream);
 }
 
 template <typename Unit>
@@ -70,7 +67,7 @@ cudaError_t launch_expand(const void* rows, const int64_t* index, int64_t member
 
 size_t sum_workspace_bytes(Type type, const Segments& s, int64_t width) {
   size_t most = 0;
-  for (const int vector : {1, widest(size_of(type))}) {  // which of them depends on addresses
+  for (const int vector : {1, 2, 4, 8}) {  // which of them depends on addresses
     if (width % vector != 0) continue;
     const int64_t blocks = deal_out(s, width, vector).blocks;
     if (blocks > 1) most = std::max<size_t>(most, aligned_bytes(blocks) + 2 * blocks * width * (type == Type::kDouble ? 8 : 4));

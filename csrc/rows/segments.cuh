@@ -10,7 +10,7 @@
 namespace rows {
 
 constexpr int kWhole = 64;
-constexpr int kAhead = 8;  // members in flight per thread
+constexpr int kAhead = 6;  // members in flight per thread
 constexpr int kFoldThreads = 256;
 constexpr int kFoldBlocks = 4;  // a multiprocessor
 constexpr int kCombineThreads = 512;
