@@ -12,7 +12,8 @@ enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
 
 inline size_t size_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
 
-// `members` mapped onto `segments`: index (M), order (M) by segment, ascending within one, offsets (U + 1) in order.
+// `members` mapped onto `segments`: index (M), order (M) by segment, ascending within one, offsets (U + 1) in order. Members
+// from offsets[U] on belong to none; `index` and `order` may hold anything for them.
 struct Segments {
   const int64_t* index;
   const int64_t* order;
@@ -20,13 +21,16 @@ struct Segments {
   int64_t members, segments;
 };
 
-enum class Fold { kSum, kLogSumExp };
+// values (M, width) -> out (U, width). Sums in float, or double for double: up to 64 members in ascending order, more as a
+// tree whose shape depends on the segments alone. An empty segment gives 0.
+size_t sum_workspace_bytes(Type type, const Segments& segments, int64_t width);
+cudaError_t sum(Type type, const void* values, const Segments& segments, int64_t width, void* out, void* workspace,
+                cudaStream_t stream);
 
-// values (M, width) -> out (U, width). Sums in float, or double for double: up to 128 members in ascending order, more as a
-// tree whose shape depends on the segments alone. An empty segment gives 0, or -inf.
-size_t fold_workspace_bytes(Fold how, Type type, const Segments& segments, int64_t width);
-cudaError_t fold(Fold how, Type type, const void* values, const Segments& segments, int64_t width, void* out,
-                 void* workspace, cudaStream_t stream);
+// The same of log-sum-exp, always as such a tree. An empty segment, or one all -inf, gives -inf.
+size_t logsumexp_workspace_bytes(Type type, const Segments& segments, int64_t width);
+cudaError_t logsumexp(Type type, const void* values, const Segments& segments, int64_t width, void* out, void* workspace,
+                      cudaStream_t stream);
 
 // rows (U, row_bytes) -> out (M, row_bytes), row index[m] for member m.
 cudaError_t expand(const void* rows, const int64_t* index, int64_t members, int64_t row_bytes, void* out,
@@ -40,7 +44,7 @@ struct Partials {
   int64_t count, queries, dim;
 };
 
-// -> out (queries, dim), lse (queries). Partials with lse -inf are not read. out_type is the partials', or a half type for float.
+// -> out (queries, dim), lse (queries). Partials with lse -inf may hold anything. out_type is the partials', or a half type for float.
 cudaError_t merge(const Partials& partials, Type out_type, void* out, void* lse, cudaStream_t stream);
 
 // out (queries, dim) and lse (queries) become the merge of themselves and one more partial of the same type.

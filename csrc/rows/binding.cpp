@@ -55,7 +55,7 @@ Tensor like_rows(const Tensor& x, int64_t count) {
 
 int64_t width_of(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(1)); }
 
-template <rows::Fold kHow>
+template <auto kWorkspaceBytes, auto kFold>
 Tensor fold(const Tensor& values_, const Tensor& index, const Tensor& order, const Tensor& offsets) {
   const Tensor values = rows_of(values_, "values");
   const c10::cuda::CUDAGuard guard(values.device());
@@ -66,10 +66,10 @@ Tensor fold(const Tensor& values_, const Tensor& index, const Tensor& order, con
                                 indices(offsets, "offsets", values, -1), members, offsets.size(0) - 1};
   const rows::Type type = type_of(values.scalar_type());
   Tensor out = like_rows(values, segments.segments);
-  const int64_t bytes = rows::fold_workspace_bytes(kHow, type, segments, width);
+  const int64_t bytes = kWorkspaceBytes(type, segments, width);
   Tensor workspace = at::empty({bytes}, values.options().dtype(at::kByte));
-  C10_CUDA_CHECK(rows::fold(kHow, type, values.const_data_ptr(), segments, width, out.mutable_data_ptr(),
-                            workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(kFold(type, values.const_data_ptr(), segments, width, out.mutable_data_ptr(),
+                       workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 
@@ -160,8 +160,8 @@ std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_out_, const Tensor&
 }  // namespace
 
 TORCH_LIBRARY_IMPL(ta_plugin, CUDA, m) {
-  m.impl("segment_sum", fold<rows::Fold::kSum>);
-  m.impl("segment_logsumexp", fold<rows::Fold::kLogSumExp>);
+  m.impl("segment_sum", fold<rows::sum_workspace_bytes, rows::sum>);
+  m.impl("segment_logsumexp", fold<rows::logsumexp_workspace_bytes, rows::logsumexp>);
   m.impl("expand", expand);
   m.impl("merge", merge);
   m.impl("merge_into", merge_into);

@@ -5,6 +5,8 @@ namespace rows {
 namespace {
 
 constexpr int kMergeThreads = 256;
+constexpr int kMergeAhead = 8;     // partials in flight per thread
+constexpr int kBackwardAhead = 1;  // the same where as much is written: there warps keep memory busy, and registers count
 
 template <typename A>
 __device__ A merged_lse(const A* lses, int64_t count, int64_t stride) {
@@ -22,27 +24,91 @@ __device__ __forceinline__ A share_of(A lse, A merged) {
   return lse == negative_infinity<A>() ? A(0) : exponential(lse - merged);
 }
 
-template <typename T, typename O, typename A, int kVector>
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, O* out, A* lse) {
-  const int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (query >= queries) return;
-  const A merged = merged_lse(lses + query, count, queries);
-  if (threadIdx.x == 0) lse[query] = merged;
-  for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
-    A total[kVector] = {};
-#pragma unroll 4
-    for (int64_t n = 0; n < count; ++n) {
-      const A share = share_of(lses[n * queries + query], merged);
-      if (share == A(0)) continue;  // an absent partial may hold anything
-      const auto x = *reinterpret_cast<const Vector<T, kVector>*>(outs + (n * queries + query) * dim + d);
+// The threads of a query take partials in turns: each holds the log-sum-exp of one out of blockDim.x.
+template <typename A>
+__device__ __forceinline__ A lse_of_mine(const A* lses, int64_t first, int64_t count, int64_t stride) {
+  const int64_t n = first + threadIdx.x;
+  return n < count ? lses[n * stride] : negative_infinity<A>();
+}
+
+// merged_lse by all threads of a query.
+template <typename A>
+__device__ A merged_lse_across(const A* lses, int64_t count, int64_t stride) {
+  A peak = negative_infinity<A>(), total = 0;
+#pragma unroll 1
+  for (int64_t first = 0; first < count; first += blockDim.x) {
+    const A mine = lse_of_mine(lses, first, count, stride);
+    peak = mine > peak ? mine : peak;
+  }
+  for (int d = blockDim.x / 2; d > 0; d /= 2) {
+    const A other = __shfl_xor_sync(0xffffffffu, peak, d);
+    peak = other > peak ? other : peak;
+  }
+#pragma unroll 1
+  for (int64_t first = 0; first < count; first += blockDim.x) {
+    const A mine = lse_of_mine(lses, first, count, stride);
+    if (mine != negative_infinity<A>()) total += exponential(mine - peak);  // keeps NaN
+  }
+  for (int d = blockDim.x / 2; d > 0; d /= 2) total += __shfl_xor_sync(0xffffffffu, total, d);
+  return total == A(0) ? negative_infinity<A>() : peak + logarithm(total);
+}
+
+// Shares of kCount partials from the `from`-th of those that the query's threads hold; 0 past the last.
+template <int kCount, typename A>
+__device__ __forceinline__ void shares_from(A mine, int from, A (&share)[kCount]) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) total[i] += share * convert<A>(x.at[i]);
+  for (int j = 0; j < kCount; ++j) {
+    const A x = __shfl_sync(0xffffffffu, mine, from + j, blockDim.x);
+    share[j] = from + j < blockDim.x ? x : A(0);
+  }
+}
+
+// A vector of each of kCount partials from the n-th, all under way at once. Where one has no share, the row before is read again,
+// at first partial 0's: no load depends on a condition.
+template <int kCount, typename T, typename A, int kVector>
+__device__ __forceinline__ void load_rows(Vector<T, kVector> (&x)[kCount], const A (&share)[kCount], const T* from,
+                                          int64_t n, int64_t stride, int64_t& row) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    row = share[j] != A(0) ? n + j : row;
+    x[j] = *reinterpret_cast<const Vector<T, kVector>*>(from + row * stride);
+  }
+  asm volatile("" ::: "memory");  // or each load moves to where it is used
+}
+
+template <typename T, typename O, typename A, int kVector>
+__global__ void __launch_bounds__(kMergeThreads, 4)
+    merge_kernel(const T* outs, const A* lses, int64_t count, int64_t queries, int64_t dim, O* out, A* lse) {
+  int64_t query = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool inside = query < queries;  // every thread of a warp takes part in its shuffles
+  if (!inside) query = queries - 1;
+  const A merged = merged_lse_across(lses + query, count, queries);
+  if (inside && threadIdx.x == 0) lse[query] = merged;
+  for (int64_t start = 0; start < dim; start += blockDim.x * kVector) {
+    const int64_t d = start + threadIdx.x * kVector;
+    const T* from_column = outs + query * dim + (d < dim ? d : 0);
+    A total[kVector] = {};
+    int64_t row = 0;
+#pragma unroll 1
+    for (int64_t first = 0; first < count; first += blockDim.x) {
+      const A mine = share_of(lse_of_mine(lses + query, first, count, queries), merged);
+#pragma unroll 1
+      for (int from = 0; from < blockDim.x && first + from < count; from += kMergeAhead) {
+        A share[kMergeAhead];
+        Vector<T, kVector> x[kMergeAhead];
+        shares_from(mine, from, share);
+        load_rows(x, share, from_column, first + from, queries * dim, row);
+#pragma unroll
+        for (int j = 0; j < kMergeAhead; ++j)
+          if (share[j] != A(0))  // an absent partial may hold anything
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) total[i] += share[j] * convert<A>(x[j].at[i]);
+      }
     }
     Vector<O, kVector> result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) result.at[i] = convert<O>(total[i]);
-    *reinterpret_cast<Vector<O, kVector>*>(out + query * dim + d) = result;
+    if (inside && d < dim) *reinterpret_cast<Vector<O, kVector>*>(out + query * dim + d) = result;
   }
 }
 
@@ -83,27 +149,42 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (!inside) query = queries - 1;
   const A merged = lse[query];
   A mean = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t at = n * queries + query;
-    const A share = share_of(lses[at], merged);
-    A dot = 0;
-    for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
-      const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + query * dim + d);
-      Vector<T, kVector> x{}, result;
-      if (share != A(0)) x = *reinterpret_cast<const Vector<T, kVector>*>(outs + at * dim + d);
+  for (int64_t first = 0; first < count; first += blockDim.x) {
+    const A mine = share_of(lse_of_mine(lses + query, first, count, queries), merged);
+    A my_dot = 0;
+    for (int from = 0; from < blockDim.x && first + from < count; from += kBackwardAhead) {
+      A share[kBackwardAhead], dot[kBackwardAhead] = {};
+      shares_from(mine, from, share);
+      for (int64_t d = threadIdx.x * kVector; d < dim; d += blockDim.x * kVector) {
+        const auto at = [&](int j) { return ((first + from + j) * queries + query) * dim + d; };
+        const auto g = *reinterpret_cast<const Vector<O, kVector>*>(grad_out + query * dim + d);
+        Vector<T, kVector> x[kBackwardAhead] = {}, result;
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        dot += convert<A>(g.at[i]) * (share != A(0) ? convert<A>(x.at[i]) : A(0));
-        result.at[i] = convert<T>(share == A(0) ? A(0) : share * convert<A>(g.at[i]));
+        for (int j = 0; j < kBackwardAhead; ++j)
+          if (share[j] != A(0)) x[j] = *reinterpret_cast<const Vector<T, kVector>*>(outs + at(j));
+#pragma unroll
+        for (int j = 0; j < kBackwardAhead; ++j) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) {
+            dot[j] += convert<A>(g.at[i]) * convert<A>(x[j].at[i]);
+            result.at[i] = convert<T>(share[j] == A(0) ? A(0) : share[j] * convert<A>(g.at[i]));
+          }
+          if (inside && from + j < blockDim.x && first + from + j < count)
+            *reinterpret_cast<Vector<T, kVector>*>(grad_outs + at(j)) = result;
+        }
       }
-      if (inside) *reinterpret_cast<Vector<T, kVector>*>(grad_outs + at * dim + d) = result;
+#pragma unroll
+      for (int j = 0; j < kBackwardAhead; ++j) {
+        for (int other = blockDim.x / 2; other > 0; other /= 2) dot[j] += __shfl_xor_sync(0xffffffffu, dot[j], other);
+        if (share[j] != A(0)) mean += share[j] * dot[j];
+        if (threadIdx.x == from + j) my_dot = dot[j];
+      }
     }
-    for (int other = blockDim.x / 2; other > 0; other /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, other);
-    if (share != A(0)) mean += share * dot;
-    if (inside && threadIdx.x == 0) grad_lses[at] = dot;
+    const int64_t n = first + threadIdx.x;
+    if (inside && n < count) grad_lses[n * queries + query] = my_dot;
   }
-  if (!inside || threadIdx.x != 0) return;
-  for (int64_t n = 0; n < count; ++n) {
+  if (!inside) return;
+  for (int64_t n = threadIdx.x; n < count; n += blockDim.x) {  // its own dots
     const int64_t at = n * queries + query;
     const A share = share_of(lses[at], merged);
     grad_lses[at] = share == A(0) ? A(0) : share * (grad_lses[at] - mean + grad_lse[query]);
@@ -142,12 +223,13 @@ struct Launch {
 };
 
 // Calls run(Launch) for the types of the partials and of the result, with the widest vectors their addresses allow.
-template <typename T, typename O, typename A, class Run>
+template <typename T, typename O, typename A, int kVector = 16 / int(sizeof(T)), class Run>
 cudaError_t with_vectors(const Partials& p, std::initializer_list<int64_t> addresses, cudaStream_t stream, Run run) {
-  constexpr int kMost = sizeof(A) == 8 ? 2 : 4;
-  constexpr int64_t kBytes = kMost * int64_t(sizeof(T) > sizeof(O) ? sizeof(T) : sizeof(O));
-  if (p.dim % kMost == 0 && divides(kBytes, addresses)) return run(Launch<T, O, A, kMost>{p, stream});
-  return run(Launch<T, O, A, 1>{p, stream});
+  constexpr int64_t kBytes = kVector * int64_t(std::max(sizeof(T), sizeof(O)));
+  if constexpr (kVector > 1)
+    if (p.dim % kVector != 0 || !divides(kBytes, addresses))
+      return with_vectors<T, O, A, kVector == 8 ? 4 : 1>(p, addresses, stream, run);
+  return run(Launch<T, O, A, kVector>{p, stream});
 }
 
 template <class Run>

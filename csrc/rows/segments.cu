@@ -1,13 +1,11 @@
-// Launches segmented reductions and their transpose.
+// Launches segmented sums and their transpose.
 
 #include "segments.cuh"
 
 namespace rows {
 namespace {
 
-constexpr int widest(size_t element_bytes) {
-  return element_bytes == 8 ? 2 : 4;
-}
+constexpr int widest(size_t element_bytes) { return int(16 / element_bytes); }
 
 int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
@@ -20,9 +18,9 @@ Deal deal_out(const Segments& s, int64_t width, int vector) {
   return deal;
 }
 
-template <typename T, int kVector, template <typename> class State>
+template <typename T, int kVector>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
-  using Kernel = FoldKernel<T, kVector, State>;
+  using Kernel = SumKernel<T, kVector>;
   const bool many_empty = s.segments > 2 * s.members;  // then nobody walks along runs of them
   const Deal deal = deal_out(s, width, kVector);
   int64_t* leaving = deal.blocks > 1 ? static_cast<int64_t*>(workspace) : nullptr;
@@ -35,32 +33,23 @@ cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, vo
   if (s.members == 0) return cudaSuccess;
   const size_t shared = Kernel::shared_bytes(deal);
   TA_RETURN_IF_ERROR(
-      cudaFuncSetAttribute(fold_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  fold_kernel<<<dim3(unsigned(deal.blocks), columns), threads, shared, stream>>>(k);
+      cudaFuncSetAttribute(sum_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  sum_kernel<<<dim3(unsigned(deal.blocks), columns), threads, shared, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (deal.blocks == 1) return cudaSuccess;
   const dim3 adders(deal.lanes, kCombineThreads / deal.lanes);
-  combine_kernel<<<dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
-                   kCombineThreads * sizeof(typename Kernel::Accumulator), stream>>>(k);
-  return cudaGetLastError();
+  return launch_early(combine_kernel<Kernel>, dim3(unsigned(ceil_div(deal.blocks, int64_t(adders.y))), columns), adders,
+                      kCombineThreads * sizeof(typename Kernel::Accumulator), stream, k);
 }
 
-template <typename T, template <typename> class State>
-cudaError_t launch_width(const void* values, const Segments& s, int64_t width, void* out, void* workspace,
-                         cudaStream_t stream) {
-  const T* from = static_cast<const T*>(values);
-  T* to = static_cast<T*>(out);
-  constexpr int kMost = widest(sizeof(T));
-  if (width % kMost == 0 && divides(kMost * sizeof(T), {address(from), address(to)}))
-    return launch<T, kMost, State>(from, s, width, to, workspace, stream);
-  return launch<T, 1, State>(from, s, width, to, workspace, stream);
-}
-
-template <typename T>
-cudaError_t launch_type(Fold how, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
+// With the widest vectors that the width and the addresses allow.
+template <typename T, int kVector = widest(sizeof(T))>
+cudaError_t launch_type(const void* values, const Segments& s, int64_t width, void* out, void* workspace,
                         cudaStream_t stream) {
-  return how == Fold::kSum ? launch_width<T, SumState>(values, s, width, out, workspace, stream)
-                           : launch_width<T, LogSumExpState>(values, s, width, out, workspace, stream);
+  if constexpr (kVector > 1)
+    if (width % kVector != 0 || !divides(kVector * sizeof(T), {address(values), address(out)}))
+      return launch_type<T, kVector == 8 ? 4 : 1>(values, s, width, out, workspace, stream);
+  return launch<T, kVector>(static_cast<const T*>(values), s, width, static_cast<T*>(out), workspace, stream);
 }
 
 template <typename Unit>
@@ -76,30 +65,28 @@ cudaError_t launch_expand(const void* rows, const int64_t* index, int64_t member
 
 }  // namespace
 
-size_t fold_workspace_bytes(Fold how, Type type, const Segments& s, int64_t width) {
-  const size_t parts = how == Fold::kSum ? SumState<float>::kParts : LogSumExpState<float>::kParts;
+size_t sum_workspace_bytes(Type type, const Segments& s, int64_t width) {
   size_t most = 0;
-  for (const int vector : {1, widest(size_of(type))}) {  // which of them depends on addresses
+  for (const int vector : {1, 2, 4, 8}) {  // which of them depends on addresses
     if (width % vector != 0) continue;
     const int64_t blocks = deal_out(s, width, vector).blocks;
-    if (blocks > 1)
-      most = std::max(most, aligned_bytes(blocks) + 2 * blocks * parts * width * (type == Type::kDouble ? 8 : 4));
+    if (blocks > 1) most = std::max<size_t>(most, aligned_bytes(blocks) + 2 * blocks * width * (type == Type::kDouble ? 8 : 4));
   }
   return most;
 }
 
-cudaError_t fold(Fold how, Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
-                 cudaStream_t stream) {
+cudaError_t sum(Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
+                cudaStream_t stream) {
   if (s.segments == 0 || width == 0) return cudaSuccess;
   switch (type) {
     case Type::kFloat:
-      return launch_type<float>(how, values, s, width, out, workspace, stream);
+      return launch_type<float>(values, s, width, out, workspace, stream);
     case Type::kDouble:
-      return launch_type<double>(how, values, s, width, out, workspace, stream);
+      return launch_type<double>(values, s, width, out, workspace, stream);
     case Type::kHalf:
-      return launch_type<__half>(how, values, s, width, out, workspace, stream);
+      return launch_type<__half>(values, s, width, out, workspace, stream);
     case Type::kBFloat16:
-      return launch_type<__nv_bfloat16>(how, values, s, width, out, workspace, stream);
+      return launch_type<__nv_bfloat16>(values, s, width, out, workspace, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,15 +1,16 @@
-// Segmented reductions. Sorted members are cut into tiles, a group of threads each, and a block's look-ups (which member, which
+// Segmented sums. Sorted members are cut into tiles, a group of threads each, and a block's look-ups (which member, which
 // segment) go to shared memory first. Segments of at most kWhole members are reduced by the tile they start in, which reads on past
 // its end. Longer ones are cut at the tiles' bounds: the block adds its parts up in order, and where a segment leaves the
 // block it began in, a second launch adds up the blocks'. Which parts there are depends on the segments and the width alone.
 #pragma once
 
+#include "../early.cuh"
 #include "vector.cuh"
 
 namespace rows {
 
 constexpr int kWhole = 64;
-constexpr int kAhead = 8;  // members in flight per thread
+constexpr int kAhead = 6;  // members in flight per thread
 constexpr int kFoldThreads = 256;
 constexpr int kFoldBlocks = 4;  // a multiprocessor
 constexpr int kCombineThreads = 512;
@@ -23,61 +24,19 @@ struct Deal {
   __host__ __device__ int per_block() const { return groups() << tile_bits; }
 };
 
-template <typename A>
-struct SumState {
-  static constexpr int kParts = 1;
-  A total = 0;
-  __device__ void add(A x) { total += x; }
-  __device__ void add(const SumState& other) { total += other.total; }
-  __device__ A result() const { return total; }
-  __device__ A part(int) const { return total; }
-  __device__ void set(int, A x) { total = x; }
-};
-
-template <typename A>
-struct LogSumExpState {
-  static constexpr int kParts = 2;
-  A peak = negative_infinity<A>(), total = 0;
-  __device__ void add(A x) {
-    if (x > peak) {
-      total = total * exponential(peak - x) + A(1);
-      peak = x;
-    } else if (!(x == negative_infinity<A>())) {  // NaN comes here and stays
-      total += exponential(x - peak);
-    }
-  }
-  __device__ void add(const LogSumExpState& other) {
-    if (other.total == A(0)) return;
-    if (total == A(0)) {
-      *this = other;
-      return;
-    }
-    const A high = peak > other.peak ? peak : other.peak;
-    total = total * exponential(peak - high) + other.total * exponential(other.peak - high);
-    peak = high;
-  }
-  __device__ A result() const { return total == A(0) ? negative_infinity<A>() : peak + logarithm(total); }
-  __device__ A part(int i) const { return i == 0 ? peak : total; }
-  __device__ void set(int i, A x) { (i == 0 ? peak : total) = x; }
-};
-
-template <typename T, int kVector, template <typename> class State>
-struct FoldKernel {
+template <typename T, int kVector>
+struct SumKernel {
   using A = Wide<T>;
   using Load = Vector<T, kVector>;
-  using Partial = Vector<A, kVector>;
-  struct Accumulator {
-    State<A> at[kVector];
-    __device__ void add(const Load& x) {
+  struct Accumulator : Vector<A, kVector> {
+    __device__ Accumulator() : Vector<A, kVector>{} {}
+    template <typename X>
+    __device__ void add(const Vector<X, kVector>& x) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) at[i].add(convert<A>(x.at[i]));
-    }
-    __device__ void add(const Accumulator& other) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) at[i].add(other.at[i]);
+      for (int i = 0; i < kVector; ++i) this->at[i] += convert<A>(x.at[i]);
     }
   };
-  // Of a sorted member: its number, negative (bitwise not) if it is the last of its segment; and its segment.
+  // Of a sorted member: its number, negative (bitwise not) if it is the last of its segment; and its segment, -1 for none.
   struct Entry {
     int member, segment;
   };
@@ -96,7 +55,7 @@ struct FoldKernel {
   int64_t width;  // a multiple of kVector
   T* out;
   int64_t* leaving;  // (blocks) the hot segment that starts in a block and leaves it, or -1
-  A* partials;       // (2 * blocks, State::kParts, width): of the segment entering a block, and of the one leaving it
+  A* partials;       // (2 * blocks, width): of the segment entering a block, and of the one leaving it
   Deal deal;
   bool has_zeros;  // empty segments are already written
 
@@ -112,57 +71,46 @@ struct FoldKernel {
   __device__ void store(int64_t segment, const Accumulator& a) const {
     Load result;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) result.at[i] = convert<T>(a.at[i].result());
+    for (int i = 0; i < kVector; ++i) result.at[i] = convert<T>(a.at[i]);
     *reinterpret_cast<Load*>(out + segment * width + column()) = result;
   }
 
-  // Stores a segment and the empty ones since `previous`, and behind the last members all others.
-  __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a, bool last) const {
+  // Stores a segment and the empty ones since `previous`.
+  __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a) const {
     store(segment, a);
     if (has_zeros) return;
+#pragma unroll 1  // there are few, and this stands in the loop over members
     for (int64_t empty = previous + 1; empty < segment; ++empty) store(empty, Accumulator());
-    if (last)
-      for (int64_t empty = segment + 1; empty < s.segments; ++empty) store(empty, Accumulator());
   }
 
-  __device__ A* partial(int64_t slot, int part) const {
-    return partials + (slot * State<A>::kParts + part) * width + column();
+  // By a launch's groups in turns: the empty segments behind the last member of any.
+  __device__ void store_rest() const {
+    if (has_zeros || column() >= width) return;
+    const int64_t members = s.offsets[s.segments], last = members > 0 ? s.index[s.order[members - 1]] : -1;
+    const int64_t groups = int64_t(gridDim.x) * blockDim.y;
+#pragma unroll 1
+    for (int64_t empty = last + 1 + int64_t(blockIdx.x) * blockDim.y + threadIdx.y; empty < s.segments; empty += groups)
+      store(empty, Accumulator());
   }
 
-  __device__ void store_partial(int64_t slot, const Accumulator& a) const {
-#pragma unroll
-    for (int part = 0; part < State<A>::kParts; ++part) {
-      Partial p;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) p.at[i] = a.at[i].part(part);
-      *reinterpret_cast<Partial*>(partial(slot, part)) = p;
-    }
-  }
-
-  __device__ Accumulator load_partial(int64_t slot) const {
-    Accumulator a;
-#pragma unroll
-    for (int part = 0; part < State<A>::kParts; ++part) {
-      const Partial p = *reinterpret_cast<const Partial*>(partial(slot, part));
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) a.at[i].set(part, p.at[i]);
-    }
-    return a;
+  __device__ Accumulator* partial(int64_t slot) const {
+    return reinterpret_cast<Accumulator*>(partials + slot * width + column());
   }
 
   // Members [first, first + count) of the block: entries, and behind them the next member's segment (-1: there is none).
+  // Members from offsets[segments] on belong to none, and nothing that `order` says of them is looked at: they lower `count`.
   // Returns the segment of the member before them.
-  __device__ int look_up(int64_t first, int count, Entry* entries) const {
+  __device__ int look_up(int64_t first, int& count, Entry* entries) const {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const int before = first > 0 ? int(s.index[s.order[first - 1]]) : -1;
+    const int64_t members = s.offsets[s.segments], member_before = first > 0 ? s.order[first - 1] : 0;
+    const int before = first > 0 && first <= members ? int(s.index[member_before]) : -1;
     for (int i = thread; i <= count; i += kFoldThreads) {
       Entry e{0, -1};
-      if (first + i < s.members) {
-        e.member = int(s.order[first + i]);
-        e.segment = int(s.index[e.member]);
-      }
+      if (first + i < s.members) e.member = int(s.order[first + i]);
+      if (first + i < members) e.segment = int(s.index[e.member]);
       entries[entry(i)] = e;
     }
+    count = int(min(int64_t(count), members - first));
     __syncthreads();
     for (int i = thread; i < count; i += kFoldThreads)
       if (entries[entry(i)].segment != entries[entry(i + 1)].segment) entries[entry(i)].member = ~entries[entry(i)].member;
@@ -200,7 +148,7 @@ struct FoldKernel {
         entering = false;
         if (behind == end) return;  // `previous` stays
       } else {
-        finish(previous, segment, a, first + behind == s.members);
+        finish(previous, segment, a);
       }
       previous = segment;
       a = Accumulator();
@@ -228,8 +176,13 @@ struct FoldKernel {
 
   __device__ void block(const Shared& shared) const {
     const int64_t first = int64_t(blockIdx.x) * deal.per_block();
-    const int count = int(min(int64_t(deal.per_block()), s.members - first));
+    int count = int(min(int64_t(deal.per_block()), s.members - first));
     const int before = look_up(first, count, shared.entries);
+    const bool says = leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0;
+    if (count <= 0) {
+      if (says) leaving[blockIdx.x] = -1;
+      return;
+    }
     const int from = threadIdx.y << deal.tile_bits, to = min(from + (1 << deal.tile_bits), count);
     const bool inside = column() < width;
     int previous = -1;
@@ -237,8 +190,7 @@ struct FoldKernel {
     if (inside && from < count) tile(shared, first, count, from, to, before, previous, parts);
     if (threadIdx.x == 0) shared.segments[threadIdx.y] = parts;
     const int last = shared.entries[entry(count - 1)].segment, next = shared.entries[entry(count)].segment;
-    if (leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0)
-      leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
+    if (says) leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
     if (!__syncthreads_or(parts.head >= 0 || parts.tail >= 0) || !inside) return;
     const auto add_heads = [&](Accumulator a, int segment) {
       for (int g = threadIdx.y + 1; g < blockDim.y && shared.segments[g].head == segment; ++g)
@@ -246,20 +198,20 @@ struct FoldKernel {
       return a;
     };
     const Accumulator* mine = shared.parts + 2 * threadIdx.y * blockDim.x + threadIdx.x;
-    if (threadIdx.y == 0 && parts.head >= 0) store_partial(2 * int64_t(blockIdx.x), add_heads(*mine, parts.head));
+    if (threadIdx.y == 0 && parts.head >= 0) *partial(2 * int64_t(blockIdx.x)) = add_heads(*mine, parts.head);
     if (parts.tail < 0) return;
     const Accumulator a = add_heads(mine[blockDim.x], parts.tail);
     if (parts.tail == next)
-      store_partial(2 * int64_t(blockIdx.x) + 1, a);
+      *partial(2 * int64_t(blockIdx.x) + 1) = a;
     else
-      finish(previous, parts.tail, a, parts.tail == last && first + count == s.members);
+      finish(previous, parts.tail, a);
   }
 
   // Stores a segment whose parts were added up.
   __device__ void finish_hot(int64_t segment, const Accumulator& a) const {
     const int64_t begin = s.offsets[segment];
     const int64_t previous = has_zeros || begin == 0 ? -1 : s.index[s.order[begin - 1]];
-    finish(previous, segment, a, s.offsets[segment + 1] == s.members);
+    finish(previous, segment, a);
   }
 
   // By a block: a group adds up a segment's parts, or all groups where there are many, each a run of them.
@@ -273,7 +225,10 @@ struct FoldKernel {
     const auto add_up = [&](int64_t block, int64_t from, int64_t to) {
       Accumulator a;
 #pragma unroll 4
-      for (int64_t i = from; i < to; ++i) a.add(load_partial(i == 0 ? 2 * block + 1 : 2 * (block + i)));
+      for (int64_t i = from; i < to; ++i) {
+        const Accumulator part = *partial(i == 0 ? 2 * block + 1 : 2 * (block + i));
+        a.add(part);
+      }
       return a;
     };
     const int64_t count = segment < 0 ? 0 : parts_of(block, segment);
@@ -298,18 +253,22 @@ struct FoldKernel {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) fold_kernel(const Kernel k) {
+__global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) sum_kernel(const Kernel k) {
+  let_next_launch();
   extern __shared__ __align__(16) unsigned char bytes[];
   auto* parts = reinterpret_cast<typename Kernel::Accumulator*>(bytes);
   auto* segments = reinterpret_cast<typename Kernel::Parts*>(parts + 2 * kFoldThreads);
   k.block({reinterpret_cast<typename Kernel::Entry*>(segments + blockDim.y), parts, segments});
+  if (gridDim.x == 1) k.store_rest();
 }
 
 template <class Kernel>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k) {
+  wait_for_launch_before();
   __shared__ int64_t counts[kCombineThreads];
   extern __shared__ __align__(16) unsigned char bytes[];
   k.combine(reinterpret_cast<typename Kernel::Accumulator*>(bytes), counts);
+  k.store_rest();
 }
 
 template <class Kernel>

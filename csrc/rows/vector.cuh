@@ -12,7 +12,7 @@
 namespace rows {
 
 template <typename T, int kSize>
-struct alignas(sizeof(T) * kSize) Vector {
+struct alignas(std::min(sizeof(T) * kSize, size_t(16))) Vector {
   T at[kSize];
 };
 

@@ -1,7 +1,8 @@
 """Sums over the members of a segment, and their transpose: the only two ways data enters and leaves unique space.
 
 Both directions sum in a fixed order (ascending members; on CUDA a tree over them that depends on the segments alone), never
-by atomics, so that forward and backward are bitwise repeatable. Kernels: csrc/cpu/segments.cpp and csrc/rows/segments.cu.
+by atomics, so that forward and backward are bitwise repeatable. Kernels: csrc/cpu/segments.cpp,
+csrc/rows/segments.cu and logsumexp.cu.
 """
 
 from __future__ import annotations

@@ -39,16 +39,21 @@ def plans(device: str) -> None:
 
 
 def rows(device: str) -> None:
-    for sizes in ([0, 3, 1, 0, 33, 1000, 0], [1] * 90, [0] * 50 + [2], [700, 0, 300]):
+    for sizes in ([0, 3, 1, 0, 33, 1000, 0], [1] * 90, [0] * 50 + [2], [700, 0, 300], [3000, 0, 7]):
         index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         index = index[torch.randperm(index.numel())]
         segments = Segments(*(x.to(device) for x in Segments.from_index(index, len(sizes)).tensors()))
+        none = torch.zeros(600, dtype=torch.int64, device=device)
+        spare = Segments(torch.cat([segments.index, none]), torch.cat([segments.order, none - 1]), segments.offsets)
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for width in (1, 3, 128, 300):
-                values = torch.ones(index.numel(), width).to(device, dtype).requires_grad_()
+            for width in (1, 3, 4, 128, 300):
+                values = torch.ones(index.numel() + 600, width).to(device, dtype)
+                assert (segment_sum(values, spare) == segment_sum(values[:-600], segments)).all()
+                assert segment_logsumexp(values, spare).shape[0] == len(sizes)
+                values = values[:-600].clone().requires_grad_()
                 (segment_sum(values, segments) + segment_logsumexp(values, segments).nan_to_num()).sum().backward()
                 assert expand(segment_sum(values, segments), segments).shape == values.shape
-    for dim in (7, 64, 128):
+    for dim in (7, 20, 64, 128):
         outs = torch.ones(3, 5, 2, dim).to(device).requires_grad_()
         lses = torch.zeros(3, 5, 2).to(device).requires_grad_()
         out, lse = merge_partials(outs, lses, torch.bfloat16)

@@ -23,6 +23,7 @@ SHAPES = {
     "hot": [1, 0, 5000, 2, 1],
     "two hot": [700, 0, 1300, 1],
     "very hot": [40, 9000, 3, 130, 0],  # fills whole blocks of pieces
+    "bounds": [248, 8, 9, 256, 255, 0, 1, 64, 65, 257, 7],  # of what one thread, one warp and one tile reduce
     "distinct": [1] * 300,
     "many empty": [0] * 900 + [2] + [0] * 40,
     "one": [1],
@@ -51,7 +52,7 @@ def exact(name: str, values: Tensor, segments: Segments) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("trailing", [(), (1,), (3,), (4, 16), (128,), (300,), (0,)], ids=str)
+@pytest.mark.parametrize("trailing", [(), (1,), (3,), (4,), (8,), (4, 16), (128,), (300,), (0,)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_folds_equal_float64_and_repeat(device: str, shape: str, trailing: tuple[int, ...], dtype: torch.dtype) -> None:
     segments = segments_of(SHAPES[shape], device)
@@ -133,6 +134,43 @@ def test_nan_and_minus_infinity_stay_in_their_segment(device: str) -> None:
     assert torch.isnan(segment_sum(values, segments)).tolist() == [False, True, False]
     assert torch.isnan(segment_logsumexp(values, segments)).tolist() == [False, True, False]
     assert segment_logsumexp(values, segments)[2] == -torch.inf
+
+
+@pytest.mark.parametrize("width", [1, 4, 24])
+def test_parts_of_a_hot_segment_differ_by_more_than_exp_can_hold(device: str, width: int) -> None:
+    """A segment in many parts: some all -inf, peaks 2000 apart; then +inf in one place, then NaN in another."""
+    segments = Segments(*(x.to(device) for x in Segments.from_index(torch.zeros(9000).long(), 3).tensors()))
+    values = normal(9000, width, device=device, dtype=torch.float32)
+    values[:3000], values[3000:4000], values[7000:8000] = -torch.inf, values[3000:4000] - 1000, values[7000:8000] + 1000
+    values[:, -1] = values[:, -1] - 1e5
+    exact_ones = torch.logsumexp(values.double(), 0)
+    result = segment_logsumexp(values, segments)
+    torch.testing.assert_close(result[0].double(), exact_ones, rtol=1e-6, atol=1e-5)
+    assert bool((result[1:] == -torch.inf).all())
+    if device == "cuda":  # csrc/cpu gives NaN from the second +inf on
+        values[[5000, 8500], 0] = torch.inf
+        assert segment_logsumexp(values, segments)[0, 0] == torch.inf
+        values[:, 0] = torch.where(values[:, 0] == torch.inf, 0.0, values[:, 0])
+    values[100, 0] = torch.nan
+    result = segment_logsumexp(values, segments)[0]
+    assert result.isnan().tolist() == [True] + [False] * (width - 1)
+
+
+@pytest.mark.parametrize("rest", [0, -1, 2**40])
+@pytest.mark.parametrize("width", [1, 4, 128, 300])
+@pytest.mark.parametrize("sizes", [[100], [2, 0, 300, 1, 0, 0], [3, 1, 1], [0, 0], [1] * 90 + [0] * 5000], ids=len)
+def test_members_of_no_segment_are_left_out(device: str, sizes: list[int], width: int, rest: int) -> None:
+    """As bounded spaces have them: behind offsets[U], where index and order say nothing (0 there; on CUDA anything goes)."""
+    if device == "cpu" and rest != 0:
+        return
+    few = segments_of(sizes, "cpu")
+    spare = torch.full((1500,), rest)
+    more = Segments(torch.cat([few.index, spare]), torch.cat([few.order, spare]), few.offsets)
+    more = Segments(*(x.to(device) for x in more.tensors()))
+    values = normal(more.num_members, width, device=device)
+    for name, fold in FOLDS.items():
+        expected = exact(name, values[: few.num_members], few)
+        torch.testing.assert_close(fold(values, more).cpu(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_half_types_accumulate_in_float(device: str) -> None:
