@@ -135,6 +135,8 @@ def run(
 ) -> Outcome | None:
     """Train one model and measure it; None if it was stopped."""
     folder.mkdir(parents=True, exist_ok=True)
+    if resume and first and not (folder / "latest").exists():
+        print(f"{folder} holds no checkpoint: '{name}' starts from the beginning", flush=True)
     with Progress(name, steps, enabled=first) as progress:
         log, finished = train(
             trainer,
