@@ -154,7 +154,10 @@ class ShardedTokenEmbedding(nn.Module):
         return first, min(first + per_rank, self.vocab_size)
 
     def regroup(self, group: Any) -> None:
-        """Shard a whole table (built without a group, the same on every rank) over `group`: keep this rank's rows and their state."""
+        """Shard a whole table (built without a group, the same on every rank) over `group`: keep this rank's rows and their state,
+
+        on the device that the group exchanges on: ids arrive there, and nobody else moves a table that is no parameter.
+        """
         if self.group.size > 1:
             raise ValueError(
                 f"the table is sharded over {self.group.size} ranks already; build it without a group to move it"
@@ -162,8 +165,8 @@ class ShardedTokenEmbedding(nn.Module):
         self.group = SSPGroup.wrap(group)
         self.owners = PermutedRows(self.vocab_size, self.group.size)
         mine = slice(*self._bounds())
-        self.rows = self.rows[mine].clone()
-        self.state = {name: value[mine].clone() for name, value in self.state.items()}
+        self.rows = self.rows[mine].to(self.group.device, copy=True)
+        self.state = {name: value[mine].to(self.group.device, copy=True) for name, value in self.state.items()}
         self.zero_grad()
 
     def owner_of(self, ids: Tensor) -> Tensor:

@@ -473,6 +473,8 @@ class TokenizedAttention(nn.Module):
             head_dim=width // heads,
             id_shares=shares,
             layout=self.layout,
+            projected_queries=self.projections.query is not None,
+            projected_keys=self.projections.key is not None,
         )
 
     def _shared_workload(self, load: Workload, space: UniqueSpace) -> Workload:

@@ -274,3 +274,10 @@ def regrouped() -> None:
 
 def test_a_table_built_whole_moves_onto_a_group(rank_pools: Any) -> None:
     rank_pools(4).run(regrouped)
+
+
+def test_regrouping_moves_rows_and_state_to_where_the_group_exchanges() -> None:
+    """A model is built on the CPU, and an engine moves its parameters; a table's rows are none."""
+    table = ShardedTokenEmbedding(8, 2, optimizer=LazyAdam(1e-3))
+    table.regroup(SSPGroup(None, device="meta"))
+    assert {tensor.device.type for tensor in (table.rows, *table.state.values())} == {"meta"}

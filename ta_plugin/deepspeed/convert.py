@@ -168,13 +168,16 @@ def _shard_tables(model: nn.Module, block: TokenizedAttentionConfig, done: Conve
 
 def _adopt(name: str, table: ShardedTokenEmbedding, block: TokenizedAttentionConfig, done: Conversion) -> None:
     group = done.group
-    if table.group.size == 1 and group.size > 1:
-        if not block.shard_embeddings:
+    if table.group.size == 1:
+        if group.size > 1 and not block.shard_embeddings:
             raise ValueError(
                 f"{name} is a ShardedTokenEmbedding on one rank, and {BLOCK}.shard_embeddings is false; leave that key out"
             )
         table.regroup(group)
-        done.changed.append((name, f"table sharded, {table.rows.shape[0]} of {table.vocab_size} rows here"))
+        here = f"{table.rows.shape[0]} of {table.vocab_size} rows here"
+        done.changed.append(
+            (name, f"table sharded, {here}" if group.size > 1 else f"table keeps its {table.rows.shape[0]} rows here")
+        )
     elif table.group.size != group.size:
         raise ValueError(
             f"{name} is sharded over {table.group.size} ranks, but {BLOCK}.size makes groups of {group.size}; build the table "

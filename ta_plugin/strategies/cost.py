@@ -37,7 +37,8 @@ class Workload:
     ranks N; samples B; per rank: occurrences M, rows U (distinct per sample), ids I (distinct per rank), queries Q (U for
     self-attention). pairs: query-row products, summed over samples; position_pairs: query-occurrence products, with every
     position a query in self-attention. embed_dim E, heads H, kv_heads Hk, head_dim D; element_size in bytes. id_shares: the sum
-    over ids of the squared share of rows each accounts for, for `imbalance`. In layout "sequence", where all ranks read
+    over ids of the squared share of rows each accounts for, for `imbalance`. projected_queries, projected_keys: whether there are
+    maps from embeddings to queries, and to keys and values. In layout "sequence", where all ranks read
     chunks of the same samples, owned is the number of rows a rank owns, and pairs are of owned rows (or a chunk's positions) with
     the whole samples.
     """
@@ -59,6 +60,19 @@ class Workload:
     id_shares: float = 0.0
     layout: Layout = "sample"
     owned: float = 0.0
+    projected_queries: bool = True
+    projected_keys: bool = True
+
+    def operations(self, projected: float, pairs: float, queries: float) -> float:
+        """Of one forward: keys and values of `projected` rows, `pairs`, and `queries` projected. With targets the maps of keys and
+        values may be absorbed into the queries, where that takes less."""
+        width = self.heads * self.head_dim
+        query = 2 * self.embed_dim * width * queries if self.projected_queries else 0.0
+        if not self.projected_keys:
+            return query + 4 * pairs * width
+        plain = 4 * self.embed_dim * self.kv_heads * self.head_dim * projected + 4 * pairs * width
+        absorbed = 4 * self.embed_dim * (queries * width + pairs * self.heads)
+        return query + (min(plain, absorbed) if self.targets else plain)
 
 
 @dataclass(frozen=True)
@@ -79,24 +93,21 @@ def estimate(strategy: StrategyName, load: Workload, rates: Rates) -> Estimate:
     away = (load.ranks - 1) / load.ranks
     row = load.embed_dim * load.element_size
     head_width = load.heads * load.head_dim
-    project = 4 * load.embed_dim * load.kv_heads * load.head_dim  # key and value of one row
-    query = 2 * load.embed_dim * head_width * load.queries
     position_level = strategy == "positions"
     targets = load.queries if load.targets else 0.0
     fetched = load.occurrences if position_level else load.ids
     pairs = load.position_pairs if position_level else load.pairs
-    attend = 4 * pairs * head_width
     if strategy == "owner":
         returned = (load.ranks - 1) * load.queries * (2 * head_width + load.heads) * load.element_size
         bytes_sent = away * (load.rows * 12 + targets * (8 + row)) + returned
         held = load.rows * (row + 12) + load.ranks * load.queries * (2 * head_width + load.heads) * load.element_size
-        flops = query + load.ids * project + attend * imbalance(load)
+        flops = load.operations(load.ids, pairs * imbalance(load), load.queries)
     else:
         bytes_sent = away * (fetched + targets) * (8 + row)
         rows = load.occurrences if position_level else load.rows
         held = rows * (row + 2 * load.kv_heads * load.head_dim * load.element_size)
         width = load.occurrences if not load.targets and position_level else load.queries
-        flops = 2 * load.embed_dim * head_width * width + fetched * project + attend
+        flops = load.operations(fetched, pairs, width)
     seconds = bytes_sent / rates.bytes_per_second + flops / rates.flops_per_second
     return Estimate(strategy, bytes_sent, flops, held, seconds)
 
@@ -107,7 +118,8 @@ def _estimate_shared(strategy: StrategyName, load: Workload, rates: Rates) -> Es
     away, size = (load.ranks - 1) / load.ranks, load.element_size
     head_width, kv_width = load.heads * load.head_dim, 2 * load.kv_heads * load.head_dim
     local, fetched = (load.occurrences,) * 2 if positions else (load.owned, load.rows)
-    project = 2 * load.embed_dim * (head_width + kv_width) * (local if positions else load.ids)
+    maps = head_width * load.projected_queries + kv_width * load.projected_keys
+    project = 2 * load.embed_dim * maps * (local if positions else load.ids)
     attend = 4 * (load.position_pairs if positions else load.pairs) * head_width
     attend *= 1.0 if positions else imbalance(load)
     hops = (load.ranks - 1) * local * kv_width * size

@@ -76,6 +76,21 @@ def test_gather_scales_with_distinct_ids_and_positions_with_occurrences() -> Non
     assert positions.memory > gather.memory
 
 
+def test_operations_count_the_projections_that_there_are() -> None:
+    """64 wide embeddings, 4 heads of 16; 1000 rows and 1 target in each of 16 samples."""
+    load = workload()
+    attend = 4 * load.pairs * 64
+    bare = replace(load, projected_queries=False, projected_keys=False)
+    assert estimate("gather", bare, NETWORK_BOUND).flops == attend
+    absorbed = 2 * 64 * 64 * 16 + 4 * 64 * (16 * 64 + load.pairs * 4)  # far fewer than projecting 12,800 ids
+    assert estimate("gather", load, NETWORK_BOUND).flops == absorbed
+    self_attention = replace(load, targets=False)
+    assert estimate("gather", self_attention, NETWORK_BOUND).flops == 2 * 64 * 64 * 16 + 4 * 64 * 64 * load.ids + attend
+    model = TokenizedAttention(2, 6, 1, nn.Embedding(9, 4))
+    gather = model.explain(torch.zeros(2, 6, dtype=torch.int64), torch.tensor([6, 4])).estimates[1]
+    assert gather.flops == 4 * 2 * 4  # 2 query-row pairs of width 4: nothing is projected
+
+
 def test_time_is_bytes_and_operations_at_their_rates() -> None:
     load = workload()
     for rates in (NETWORK_BOUND, COMPUTE_BOUND):
