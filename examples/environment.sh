@@ -24,6 +24,7 @@ make_environment() {
   local wanted
   wanted=$(cat setup.py constraints.txt | cksum)-$1
   if [ "$(cat "$VENV/.ta_plugin" 2>/dev/null)" != "$wanted" ]; then  # nothing to do when nothing changed
+    echo "installing torch, ta_plugin and its extras ($1) into $VENV" >&2
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$1]"
     echo "$wanted" > "$VENV/.ta_plugin"

@@ -7,7 +7,7 @@
 #   bash examples/quickstart.sh --megatron [--train-iters N ...]  through Megatron-core's TransformerBlock instead
 #
 # Options go to examples/recommender/train.py, after --megatron to examples/megatron/pretrain_recommender.py (--help lists them).
-# PROCESSES sets the number of processes (2, or one per GPU).
+# PROCESSES sets the number of processes: one per GPU, 2 without.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/environment.sh
@@ -32,10 +32,13 @@ case " $* " in
 esac
 
 gpus=$("$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count())')
-processes=${PROCESSES:-$((gpus > 1 ? gpus : 2))}
+processes=${PROCESSES:-$((gpus > 0 ? gpus : 2))}
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-[ ! "$megatron" ] || options+=(--ta-ssp-size "$processes" --seq-length 20 --micro-batch-size 64 --train-iters 800 --lr 0.002)
+if [ "$megatron" ]; then
+  options+=(--ta-ssp-size "$processes" --seq-length 20 --micro-batch-size 64 --train-iters 800 --lr 0.002)
+  export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::UserWarning}  # every rank would list what Megatron-core does without apex
+fi
 
 exec "$VENV/bin/torchrun" --standalone --nproc-per-node "$processes" "$script" ${options[@]+"${options[@]}"} "$@"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ta_plugin.unique_space import UniqueSpace
+from ta_plugin.bounded_space import BoundedSpace
+from ta_plugin.parallel import SSPGroup, exchange_header
 
 _INT64 = torch.iinfo(torch.int64)
 
@@ -23,46 +25,98 @@ class _Interval:
 
 
 class Bounds:
-    """Bounds on the distinct tokens of a batch, and what its calls found against them, on the device until `check` reads it.
+    """Bounds on the sizes of a batch, and what its calls found against them, on the device until `check` reads it.
 
-    rows: how many distinct tokens the samples of a batch hold at most, added up over the samples
-    ids:  how many distinct ids the tokens of a batch, or its targets, hold at most
+    rows:  how many distinct tokens the samples of a rank's batch hold at most, added up over the samples
+    ids:   how many distinct ids a rank looks up at most, for the tokens of a batch or for its targets
+    route: how many of its rows a rank sends to one owner at most, on several ranks; by default `default_route`
 
-    A call builds its spaces here and ends with `settle`.
+    spare_id: an id that this rank owns, in place of one that is wrong, or where a batch has none; to be set before the first call
+
+    A call builds its spaces here and ends with `verdict`.
     """
 
-    def __init__(self, rows: int, ids: int | None = None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        ids: int | None = None,
+        vocab_size: int | None = None,
+        *,
+        route: int | None = None,
+        ranks: int = 1,
+    ) -> None:
         self.rows, self.ids, self.vocab_size = rows, rows if ids is None else ids, vocab_size
-        for name, bound in (("row_bound", self.rows), ("id_bound", self.ids)):
+        self.route = default_route(rows, ranks) if route is None else route
+        self.spare_id: int | None = None
+        for name, bound in (("row_bound", self.rows), ("id_bound", self.ids), ("route_bound", self.route)):
             if not 1 <= bound < 2**31:
                 raise ValueError(f"{name} is {bound}; pass 1 or more, below 2**31")
+        if ranks * self.route >= 2**31:
+            raise ValueError(f"route_bound is {self.route} on {ranks} ranks; a rank receives fewer than 2**31 rows")
         self._noted: list[tuple[Tensor, list[_Interval]]] = []
         self._seen: dict[tuple[_Interval, ...], _Seen] = {}
+        self._heard: Tensor | None = None
+        self._agreed: set[tuple[int, ...]] = set()
 
-    def space(self, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
+    def exchange_header(self, group: SSPGroup, fields: Sequence[int], error: Exception | None) -> list[list[int]]:
+        """`parallel.exchange_header`, and while a graph is captured what it gave for the same call before: nothing visits the host."""
+        mine = tuple(fields)
+        if group.size > 1 and group.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if error is not None:
+                raise error
+            if mine not in self._agreed:
+                raise ValueError(
+                    "ranks have not agreed on the call that is captured; make it once before, outside the graph"
+                )
+            return [list(mine) for _ in range(group.size)]
+        headers = exchange_header(group, mine, error)
+        if all(tuple(theirs) == mine for theirs in headers):
+            self._agreed.add(mine)
+        return headers
+
+    def space(self, tokens: Tensor, lengths: Tensor) -> BoundedSpace:
         """The bounded space of a batch; begins a call."""
-        space = UniqueSpace.from_padded(tokens, lengths, rows=self.rows)
+        space = BoundedSpace.of_padded(tokens, lengths, self.rows)
         within = _Interval("lengths", 0, tokens.shape[1], "no sample is longer or shorter than that")
         assert space.found is not None
-        self._noted = [(space.found[1:4], [_held("row", self.rows), within, within])]
+        self._noted = [(space.found[1:4], [_held("distinct rows of a batch", "row", self.rows), within, within])]
+        self._heard = None
         return space
 
-    def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
+    def distinct(self, ids: Tensor, end: Tensor | None = None) -> BoundedSpace:
         """The bounded space of ids (n,), of the first `end` (1,) of them, as one sample.
 
         Ids outside the vocabulary become others; `check` raises then.
         """
         bounds = None if end is None else torch.cat([torch.zeros_like(end), end])
-        space = UniqueSpace.from_packed(ids, bounds, rows=min(self.ids, max(ids.numel(), 1)))
+        space = BoundedSpace.of_packed(ids, bounds, min(self.ids, max(ids.numel(), 1)))
         assert space.found is not None
-        high = _INT64.max - 1 if self.vocab_size is None else self.vocab_size - 1
-        range_ = _Interval("ids", 0, high, "ids are 0 or larger and below vocab_size")
-        ends = torch.stack(space.tokens.aminmax())
-        self._noted.append((torch.cat([space.found[1:2], ends]), [_held("id", space.num_rows), range_, range_]))
-        return replace(space, tokens=space.tokens.clamp(0, high))
+        spare = self.filler
+        range_ = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")
+        tokens = torch.where(space.found[1] > 0, space.tokens, spare)  # nothing there: whatever memory held
+        ends, held = torch.stack(tokens.aminmax()), _held("distinct ids of a batch", "id", space.num_rows)
+        self._noted.append((torch.cat([space.found[1:2], ends]), [held, range_, range_]))
+        return replace(space, tokens=torch.where(tokens == self.within(tokens), tokens, spare))
+
+    def within(self, ids: Tensor) -> Tensor:
+        """Ids as they are, or the nearest of the vocabulary."""
+        return ids.clamp(0, self._last_id)
+
+    @property
+    def filler(self) -> int:
+        """`spare_id`, or 0 where nobody set it: on one rank, which owns every id."""
+        return self.spare_id or 0
+
+    @property
+    def _last_id(self) -> int:
+        return _INT64.max - 1 if self.vocab_size is None else self.vocab_size - 1
+
+    def sent(self, most: Tensor) -> None:
+        """Note how many rows (1,) go to the owner that gets the most."""
+        self._noted.append((most, [_held("rows of a batch for one owner", "route", self.route)]))
 
     def settle(self) -> Tensor:
-        """Whether everything of this call lay within its bounds, a bool on the device."""
+        """Whether everything of this call on this rank lay within its bounds, a bool on the device."""
         values = torch.cat([value for value, _ in self._noted])
         intervals = tuple(interval for _, each in self._noted for interval in each)
         self._noted = []
@@ -70,6 +124,14 @@ class Bounds:
         if intervals not in self._seen:
             self._seen[intervals] = _Seen.of(intervals, values.device)
         return self._seen[intervals].take(values)
+
+    def hear(self, settled: Tensor) -> None:
+        """What `settle` gave on every rank (N,), where the call's ranks told each other."""
+        self._heard = settled.all()
+
+    def verdict(self) -> Tensor:
+        """Whether the call's results are right, a bool on the device; ends the call."""
+        return self.settle() if self._heard is None else self._heard
 
     def check(self) -> None:
         """Raise ValueError for what any call since the last check found outside its bounds. Reads the device."""
@@ -113,5 +175,10 @@ class _Seen:
         return ends
 
 
-def _held(what: str, bound: int) -> _Interval:
-    return _Interval(f"distinct {what}s of a batch", 0, bound, f"pass a larger {what}_bound")
+def _held(what: str, name: str, bound: int) -> _Interval:
+    return _Interval(what, 0, bound, f"pass a larger {name}_bound")
+
+
+def default_route(rows: int, ranks: int) -> int:
+    """A quarter above an even share, which hashing exceeds by far less on up to about 64 ranks, and 64; all rows at most."""
+    return min(rows, -(-rows * 5 // (4 * ranks)) + 64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ta_plugin.embedding import ShardedTokenEmbedding
+from ta_plugin.parallel import SSPGroup, exchange_header
 
 
 class CapturedStep:
@@ -21,18 +22,27 @@ class CapturedStep:
 
     Constructing runs the step `warm_up` times, and captures it. A call leaves gradients as the step itself would after `zero_grad()`:
     apply or forget them before the next one. What it returns is overwritten by the next call.
+
+    Over several ranks both are collective: every rank makes the same calls in one order, and its collectives are in the graph (NCCL). Dense
+    gradients are averaged by `average_gradients` within the step or after it. Each replay counts the traffic that was captured.
     """
 
     def __init__(
         self, step: Callable[..., Any], modules: Iterable[nn.Module], inputs: Iterable[Tensor], *, warm_up: int = 3
     ) -> None:
+        if warm_up < 1:
+            raise ValueError(
+                f"warm_up is {warm_up}; pass 1 or more: the first call of a step does what a graph cannot hold"
+            )
         parts = [part for module in modules for part in module.modules()]
         self._step = step
         self._parameters = list(dict.fromkeys(p for part in parts for p in part.parameters(recurse=False)))
         self._tables = list(dict.fromkeys(part for part in parts if isinstance(part, ShardedTokenEmbedding)))
         self._inputs = [x.detach().clone() for x in inputs]
+        groups = (getattr(part, "group", None) for part in parts)
+        self._groups = list(dict.fromkeys(g for g in groups if isinstance(g, SSPGroup) and g.size > 1))
         self._graph: torch.cuda.CUDAGraph | None = None
-        if all(x.is_cuda for x in self._inputs):
+        if torch.cuda.is_available() and all(x.is_cuda for x in self._inputs):
             self._capture(warm_up)
 
     def _capture(self, warm_up: int) -> None:
@@ -44,11 +54,27 @@ class CapturedStep:
                 self._forget()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = self._step(*self._inputs)
+        counted = [group.traffic.copy() for group in self._groups]
+        error: Exception | None = None
+        try:
+            # thread_local: threads of torch.distributed may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = self._step(*self._inputs)
+        except Exception as failure:
+            error = failure
+        self._sent = [g.traffic.since(before) for g, before in zip(self._groups, counted, strict=True)]
+        self._count(-1)  # capturing sent nothing
+        for group in self._groups:  # what fails on one rank fails on all: a replay would wait for it
+            exchange_header(group, [], error)
+        if error is not None:
+            raise error
         self._gradients = [p.grad for p in self._parameters]
         self._rows = [table.take_recorded() for table in self._tables]
         self._forget()
+
+    def _count(self, times: int) -> None:
+        for group, sent in zip(self._groups, self._sent, strict=True):
+            group.traffic.add(sent, times)
 
     def _forget(self) -> None:
         for parameter in self._parameters:
@@ -70,6 +96,7 @@ class CapturedStep:
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
         self._graph.replay()
+        self._count(1)
         for parameter, grad in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = grad
         for table, recorded in zip(self._tables, self._rows, strict=True):

@@ -116,8 +116,8 @@ def check_side(name: str, side: Tensor | None, tokens: Tensor, heads: set[int], 
     dims = {3 + trailing} if trailing else {2, 3}
     fits = side.dim() in dims and tuple(side.shape[:2]) == lead and (side.dim() == 2 or side.shape[2] in heads)
     if not fits or not side.is_floating_point():
-        wanted = " or ".join(f"{(*lead, h)}" for h in sorted(heads))
-        extra = " + (Dv,)" if trailing else f" or {lead}"
-        raise ValueError(f"{name} is {side.dtype} of shape {tuple(side.shape)}; pass floating {wanted}{extra}")
+        shapes = [(*lead, h, "Dv") if trailing else (*lead, h) for h in sorted(heads)] + ([] if trailing else [lead])
+        wanted = " or ".join("(" + ", ".join(map(str, shape)) + ")" for shape in shapes)
+        raise ValueError(f"{name} is {side.dtype} of shape {tuple(side.shape)}; pass floating {wanted}")
     if side.device != tokens.device:
         raise ValueError(f"{name} is on {side.device}, tokens on {tokens.device}; move one to the other")

@@ -15,6 +15,7 @@ from ta_plugin.row_optimizers import RowOptimizer, RowWiseAdagrad
 from ta_plugin.unique_space import UniqueSpace
 
 _INIT_BLOCK = 4096  # rows that share one random stream: small enough to draw a shard without drawing the table
+_SEARCHED = 2**20  # ids among which every rank should own one
 
 
 class EmbeddingFn(Protocol):
@@ -23,6 +24,11 @@ class EmbeddingFn(Protocol):
     It is called with global ids that this rank owns, (n,) int64, each once, and returns (n, D) floating; with no ids it
     returns (0, D), differentiable like the rest, so that every rank reaches the backward of the collectives. If it has a method
     `owner_of(ids)`, that decides ownership; otherwise a hash of the id does.
+
+    Kernels of target attention can read rows where they lie instead of asking for a copy of each. An embedding lets them by two more
+    methods. `in_place(ids)` gives its rows as a contiguous tensor (R, D), and which of them the owned ids (n,) have, which may repeat:
+    (n,) int64. `record(rows, grad)` takes the gradient (I, D) of distinct rows (I,) once per backward, spare entries with gradient 0
+    among them; the tensor must not be written to before. An attribute `trainable` that is False says that no gradient is wanted.
     """
 
     def __call__(self, ids: Tensor, /) -> Tensor: ...
@@ -35,11 +41,16 @@ class SharedEmbedding:
         self.table = table
         self.embedding_dim: int | None = getattr(table, "embedding_dim", None)
         self.vocab_size = vocab_size_of(table)
-        if hasattr(table, "owner_of"):
-            self.owner_of = table.owner_of
+        for method in ("owner_of", "in_place", "record"):
+            if hasattr(table, method):
+                setattr(self, method, getattr(table, method))
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.table(ids)
+
+    @property
+    def trainable(self) -> bool:
+        return getattr(self.table, "trainable", True)
 
 
 def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
@@ -50,6 +61,22 @@ def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
 def owners_of(embedding_fn: EmbeddingFn, num_ranks: int) -> Owners:
     """The embedding's own ownership where it has one, else a hash of the id."""
     return embedding_fn if hasattr(embedding_fn, "owner_of") else HashOwners(num_ranks)  # type: ignore[return-value]
+
+
+def owned_id(embedding_fn: EmbeddingFn, vocab_size: int | None, group: SSPGroup) -> int:
+    """The least id that this rank owns, of the first million. Reads the device. Raises ValueError where it owns none of them."""
+    if group.size == 1:
+        return 0
+    owners, end = owners_of(embedding_fn, group.size), min(_SEARCHED, vocab_size or _SEARCHED)
+    for first in range(0, end, _INIT_BLOCK):
+        ids = torch.arange(first, min(first + _INIT_BLOCK, end), device=group.device)
+        mine = (owners.owner_of(ids) == group.rank).nonzero()
+        if mine.numel():
+            return first + int(mine[0])
+    raise ValueError(
+        f"rank {group.rank} owns none of the first {end} ids, but row_bound needs one to fill spare rows with; leave row_bound out, or "
+        "take fewer ranks"
+    )
 
 
 def lookup(ids: Tensor, route: Route, embedding_fn: EmbeddingFn, name: str) -> Tensor:
@@ -149,6 +176,13 @@ class ShardedTokenEmbedding(nn.Module):
             0, device=self.rows.device, requires_grad=self.trainable
         )  # makes autograd call backward, also with no ids
         return _OwnedRows.apply(anchor, self.owners.local_row(ids), self)
+
+    def in_place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's rows (R, D), and the row among them of each of the owned global ids (n,) int64: (n,) int64."""
+        rows = self.owners.local_row(ids)
+        if self.group.size > 1:  # within a shard also where bounds will find an id of a batch wrong
+            rows = rows.clamp_(max=max(self.rows.shape[0] - 1, 0))
+        return self.rows, rows
 
     def record(self, rows: Tensor, grad: Tensor) -> None:
         """Add the gradient (n, D) of local rows (n,) to what the next `step()` applies. Backward calls this."""

@@ -131,6 +131,15 @@ def check_agreement(kinds: list[list[int]]) -> None:
                 )
 
 
+def check_widths(widths: list[int]) -> None:
+    """Raise ValueError, on every rank alike, when the ranks' T differ where sizes are bounded."""
+    for rank, width in enumerate(widths):
+        if width != widths[0]:
+            raise ValueError(
+                f"samples have {widths[0]} targets on rank 0 but {width} on rank {rank}; with row_bound pass the same on every rank"
+            )
+
+
 def _kind(argument: Any) -> int:
     if not isinstance(argument, Tensor):
         return int(argument is not None)

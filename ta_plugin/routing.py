@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ta_plugin.ops.planning import OWNERS, PARTITION
-from ta_plugin.parallel import SSPGroup, all_to_all_rows
+from ta_plugin.ops.buckets import BUCKET
+from ta_plugin.ops.planning import LOCAL_ROWS, OWNERS, PARTITION
+from ta_plugin.parallel import Gathered, SSPGroup, all_to_all_rows
 
 _MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
 
@@ -80,8 +81,8 @@ class PermutedRows:
 
     def local_row(self, ids: Tensor) -> Tensor:
         """The row within its owner's shard."""
-        rows = self.permute(ids)
-        return rows if self.num_ranks == 1 else rows % self.rows_per_rank
+        rows: Tensor = LOCAL_ROWS(ids, self.num_ranks, self.vocab_size, self.multiplier)
+        return rows
 
 
 def rfc_positions(positions: Tensor, samples: Tensor, rank: int, batch_size: int, sequence_length: int) -> Tensor:
@@ -152,3 +153,35 @@ class Route:
         """The way back: values of received items (received, ...) to their senders, in the senders' order (n, ...)."""
         returned = all_to_all_rows(values, self.receive, self.send, self.group, name)
         return returned.new_empty(returned.shape).index_copy(0, self.order, returned)
+
+
+@dataclass(frozen=True)
+class BoundedRoute:
+    """A route in buckets of fixed sizes, `bound` items from every rank to every owner, none of whose numbers visits the host.
+
+    Items stand in a bucket in the senders' order, and what is left of it is filled with any. If one of a rank's buckets does not hold
+    its items, that rank sends none.
+
+    take:  (N, C) int64, the item in each place of the buckets to send
+    sizes: (N, B) int64, how many items of sample j go to rank i; 0 if they do not fit
+    most:  (1,) int64, how many items the fullest bucket should hold
+    """
+
+    take: Tensor
+    sizes: Tensor
+    most: Tensor
+
+    @classmethod
+    def build(cls, owner: Tensor, cu_seqlens: Tensor, ranks: int, bound: int) -> BoundedRoute:
+        """Local.
+
+        owner:      (n,) int64, the owner of each item; without one in [0, N) it goes nowhere
+        cu_seqlens: (B + 1,) int32, bounds of this rank's samples among the items; what lies behind the last one goes nowhere
+        """
+        return cls(*BUCKET(owner, cu_seqlens, ranks, bound))
+
+    def fill(self, values: Tensor) -> Tensor | Gathered:
+        """Per-item values (n, ...) -> (N, C, ...), to send. Differentiable for floating values."""
+        if values.dim() == 1 and not values.requires_grad:
+            return Gathered(values, self.take)
+        return values.index_select(0, self.take.view(-1)).view(*self.take.shape, *values.shape[1:])

@@ -18,8 +18,8 @@ from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
 from ta_plugin.bounds import Bounds
 from ta_plugin.checks import check_tokens
-from ta_plugin.embedding import EmbeddingFn, owners_of, vocab_size_of
-from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement, check_gradient_flags, gradient_flags
+from ta_plugin.embedding import EmbeddingFn, owned_id, owners_of, vocab_size_of
+from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement, check_gradient_flags, check_widths, gradient_flags
 from ta_plugin.ops import expand
 from ta_plugin.parallel import SSPGroup, all_gather_rows, exchange_header
 from ta_plugin.strategies import (
@@ -70,10 +70,13 @@ class TokenizedAttention(nn.Module):
     row_multiple:  `encode` gets a multiple of so many rows, spare ones included, so that shapes repeat (torch.compile, CUDA graphs,
                    the caching allocator); exact for any value, and free to differ between ranks
 
-    row_bound:     no batch has more distinct tokens than that, added up over its samples: sizes then never visit the host, and a step
-                   can be captured in a CUDA graph (`CapturedStep`). For target attention on one rank. What does not fit gives NaN,
-                   and `check_bounds` raises
-    id_bound:      neither the tokens of a batch nor its targets have more distinct ids than that; row_bound by default
+    row_bound:     no batch of a rank has more distinct tokens than that, added up over its samples: sizes then never visit the host,
+                   and a step can be captured in a CUDA graph (`CapturedStep`). For target attention in layout "sample"; on several
+                   ranks in strategy "owner", which "auto" then is. What does not fit on one rank gives NaN on every rank, and
+                   `check_bounds` raises
+    id_bound:      no rank looks up more distinct ids than that, for the tokens of a batch or for its targets; row_bound by default
+    route_bound:   no rank has more than that of its rows for one owner; by default a quarter above row_bound / nranks, and 64.
+                   Every rank sends every owner so many, whatever a batch holds. Without effect on one rank
 
     Constructing is collective over the group: ranks that disagree on sizes, heads, strategy or nranks all raise here.
     """
@@ -105,6 +108,7 @@ class TokenizedAttention(nn.Module):
         row_multiple: int = 1,
         row_bound: int | None = None,
         id_bound: int | None = None,
+        route_bound: int | None = None,
         deterministic: bool = True,
     ) -> None:
         super().__init__()
@@ -129,7 +133,8 @@ class TokenizedAttention(nn.Module):
             if strategy not in _STRATEGIES:
                 raise ValueError(f"strategy is {strategy!r}; choose one of {_STRATEGIES}")
             self._check_layout()
-            self.bounds = self._bounds(row_bound, id_bound)
+            self._given_bounds = row_bound, id_bound, route_bound
+            self.bounds = self._bounds(*self._given_bounds)
             self.projections = HeadProjections(query, key, value, num_heads=num_heads, num_kv_heads=num_kv_heads)
             self.scoring = Scoring(
                 scale=scale,
@@ -183,7 +188,7 @@ class TokenizedAttention(nn.Module):
         attend = owner if strategy == "owner" else gather  # steps 4 and 5, and what follows them
         rows = self._output(attend(request, self._parts()))
         if self.bounds is not None:
-            rows = rows.masked_fill(~self.bounds.settle(), torch.nan)
+            rows = rows.masked_fill(~self.bounds.verdict(), torch.nan)
         return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
 
     def _output(self, heads: Tensor) -> Tensor:
@@ -199,7 +204,8 @@ class TokenizedAttention(nn.Module):
             error = failure
         exchange_header(self.group, [], error)
         slots = PackedTargets(ids.shape[0], ids.shape[1], lengths, ids.device)
-        table, segments = fetch(slots.pack(ids), self._parts(), "embed", self.strategy != "positions")
+        parts = replace(self._parts(), bounds=None)
+        table, segments = fetch(slots.pack(ids), parts, "embed", self.strategy != "positions")
         return slots.unpack(expand(table, segments))
 
     def explain(
@@ -243,16 +249,24 @@ class TokenizedAttention(nn.Module):
         error: ValueError | None = None
         try:
             self._check_layout()
-            if self.bounds is not None:
-                self._bounds(self.bounds.rows, self.bounds.ids)
+            self.bounds = self._bounds(*self._given_bounds)
         except ValueError as failure:
             error = failure
         self._agree(error)
 
     def check_bounds(self) -> None:
-        """Raise ValueError if a batch since the last check did not fit `row_bound` or `id_bound`, or was wrong. Reads the device."""
-        if self.bounds is not None:
+        """Raise ValueError if a batch since the last check, of any rank, did not fit its bounds, or was wrong. Reads the device.
+
+        Collective over the group.
+        """
+        if self.bounds is None:
+            return
+        error: ValueError | None = None
+        try:
             self.bounds.check()
+        except ValueError as failure:
+            error = failure
+        exchange_header(self.group, [], error)
 
     def extra_repr(self) -> str:
         sizes = f"batch_size={self.batch_size}, sequence_length={self.sequence_length}"
@@ -299,18 +313,20 @@ class TokenizedAttention(nn.Module):
                 f"vocab_size is {vocab_size}, but embedding_fn has {known} ids; leave it out, or pass {known} or less"
             )
 
-    def _bounds(self, row_bound: int | None, id_bound: int | None) -> Bounds | None:
+    def _bounds(self, row_bound: int | None, id_bound: int | None, route_bound: int | None) -> Bounds | None:
         if row_bound is None:
-            if id_bound is not None:
-                raise ValueError(f"id_bound is {id_bound} without row_bound; pass both, or row_bound alone")
+            for name, bound in (("id_bound", id_bound), ("route_bound", route_bound)):
+                if bound is not None:
+                    raise ValueError(f"{name} is {bound} without row_bound; pass both, or row_bound alone")
             return None
-        covers = self.group.size == 1 and self.layout == "sample" and self.strategy in ("auto", "gather", "owner")
-        if not covers or self.include_self:
+        able = ("auto", "gather", "owner") if self.group.size == 1 else ("auto", "owner")
+        if self.layout != "sample" or self.strategy not in able or self.include_self:
             raise ValueError(
                 f"row_bound is {row_bound}, with {self.group.size} rank(s), layout {self.layout!r}, strategy {self.strategy!r}, "
-                f"include_self={self.include_self}; it covers one rank, layout 'sample', 'auto', 'gather' or 'owner', without the own key"
+                f"include_self={self.include_self}; it covers layout 'sample', 'auto' or 'owner', on one rank 'gather', "
+                "without the own key"
             )
-        return Bounds(row_bound, id_bound, self.vocab_size)
+        return Bounds(row_bound, id_bound, self.vocab_size, route=route_bound, ranks=self.group.size)
 
     def _check_layout(self) -> None:
         if self.layout not in _LAYOUTS:
@@ -337,6 +353,9 @@ class TokenizedAttention(nn.Module):
                 "num_kv_heads": self.projections.num_kv_heads,
                 "include_self": int(self.include_self),
                 "strategy": _STRATEGIES.index(self.strategy),
+                "row_bound": 0 if self.bounds is None else self.bounds.rows,
+                "id_bound": 0 if self.bounds is None else self.bounds.ids,
+                "route_bound": 0 if self.bounds is None else self.bounds.route,
             }
         headers = exchange_header(self.group, list(mine.values()), error)
         for rank, header in enumerate(headers):
@@ -350,7 +369,8 @@ class TokenizedAttention(nn.Module):
 
     def _read(self, inputs: Inputs) -> tuple[Request, str]:
         """Check this rank's batch, build its unique space, and tell every rank its sizes, or what is wrong with it."""
-        kinds, sizes, space, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, None, Sides()
+        kinds, sizes, targets, sides = [0] * len(OPTIONAL), [0] * 5, None, Sides()
+        space: UniqueSpace | None = None
         alone, flags = self.group.size == 1, 0
         if not alone:  # otherwise there is nobody to agree with
             flags = gradient_flags(self._dense_parameters(), getattr(self.embedding_fn, "table", self.embedding_fn))
@@ -370,6 +390,8 @@ class TokenizedAttention(nn.Module):
                     "include_self is set, but no targets are given; in self-attention a token sees itself anyway"
                 )
             if self.bounds is not None:
+                if self.bounds.spare_id is None:
+                    self.bounds.spare_id = owned_id(self.embedding_fn, self.vocab_size, self.group)
                 space = self.bounds.space(inputs.tokens, inputs.lengths)
             else:
                 build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
@@ -379,10 +401,13 @@ class TokenizedAttention(nn.Module):
             kinds, sizes = kinds if alone else inputs.kinds(), self._sizes(space, targets)
         except Exception as failure:  # whatever it is, the other ranks must hear of it before they wait for a payload
             error = failure
-        headers = exchange_header(self.group, [flags, *kinds, *sizes], error)
+        exchange = exchange_header if self.bounds is None else self.bounds.exchange_header
+        headers = exchange(self.group, [flags, *kinds, *sizes], error)
         check_gradient_flags([header.pop(0) for header in headers])
         check_agreement([header[: len(OPTIONAL)] for header in headers])
         by_rank = [header[len(OPTIONAL) :] for header in headers]
+        if self.bounds is not None:
+            check_widths([s[4] for s in by_rank])
         assert space is not None
         request = Request(
             space,
@@ -404,13 +429,15 @@ class TokenizedAttention(nn.Module):
 
     def _sizes(self, space: UniqueSpace, slots: PackedTargets | None) -> list[int]:
         """What a rank announces: rows U, occurrences M, queries Q, distinct ids I, width T."""
-        counted = self.strategy == "auto" and slots is not None and space.found is None
+        counted = self.strategy == "auto" and slots is not None and self.bounds is None
         ids = int(space.tokens.unique().numel()) if counted else space.num_rows
         if slots is None:
             return [space.num_rows, space.num_occurrences, space.num_rows, ids, 0]
         return [space.num_rows, space.num_occurrences, slots.num_targets, ids, slots.width]
 
     def _choose(self, by_rank: list[list[int]], has_targets: bool, encoded: bool) -> str:
+        if self.bounds is not None and self.group.size > 1:
+            return "owner"
         only_gather = None
         if not has_targets:
             only_gather = "self-attention has as many queries as keys"

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ta_plugin.checks import check_tensor
 from ta_plugin.ops import Segments, UniqueRows, expand, segment_logsumexp, segment_sum, unique_rows
-from ta_plugin.ops.planning import UNIQUE
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
 _SHORT = 4096
 
 
@@ -31,13 +30,8 @@ class UniqueSpace:
     slots:          (M,) int64, slot of each occurrence in the flattened (B, L) grid; None for packed input
     padded_length:  L for padded input, None for packed
     spare_rows:     how many of the last rows no occurrence maps to; see `with_spare_rows`
-    found:          (5,) int64: M, U, the lowest and highest length, and whether the input was well formed, of a *bounded* space, whose
-                    numbers never visit the host; None where the host knows them
 
-    Build it with `from_padded`, `from_packed` or `of_occurrences`. Given a number of `rows`, the first two build a bounded space: it
-    has that many rows and an occurrence for every slot, whatever the batch holds, so that a CUDA graph can be captured of what is
-    done with it. Spare rows, behind the others, have multiplicity 0 and the first row's token, and are of no sample; spare occurrences
-    fold into nothing. A batch that is malformed or has more distinct tokens than `rows` is taken for an empty one; `check` raises then.
+    Build it with `from_padded`, `from_packed` or `of_occurrences`. A `BoundedSpace` is one whose numbers never visit the host.
     """
 
     tokens: Tensor
@@ -48,34 +42,20 @@ class UniqueSpace:
     slots: Tensor | None = None
     padded_length: int | None = None
     spare_rows: int = 0
-    found: Tensor | None = None
 
     @classmethod
-    def from_padded(cls, tokens: Tensor, lengths: Tensor, rows: int | None = None) -> UniqueSpace:
+    def from_padded(cls, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
         """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored."""
-        _check_padded(tokens, lengths)
-        if rows is not None:
-            space, slots = cls._bounded(tokens, lengths, rows)
-            return replace(space, slots=slots, padded_length=tokens.shape[1])
+        check_padded(tokens, lengths)
         found = unique_rows(tokens, lengths)
         if not found.well_formed:
-            raise _bad_lengths(found.lowest, found.highest, tokens.shape[1])
+            raise bad_lengths(found.lowest, found.highest, tokens.shape[1])
         return replace(cls._of(found), slots=found.slots, padded_length=tokens.shape[1])
 
     @classmethod
-    def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None, rows: int | None = None) -> UniqueSpace:
-        """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample.
-
-        With `rows`, cu_seqlens may end before M: tokens from there on are left out.
-        """
-        _check_int64("tokens", tokens, 1)
-        if cu_seqlens is None and 0 < tokens.numel() <= _SHORT:
-            # as a padded sample: one thread block on a GPU, fewer launches
-            bounds, tokens = torch.full((1,), tokens.numel(), device=tokens.device), tokens[None]
-        else:
-            bounds = _bounds(tokens, cu_seqlens)
-        if rows is not None:
-            return cls._bounded(tokens, bounds, rows)[0]
+    def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None) -> UniqueSpace:
+        """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample."""
+        tokens, bounds = packed_extents(tokens, cu_seqlens)
         found = unique_rows(tokens, bounds)
         if not found.well_formed:
             raise _bad_bounds(tokens, bounds)
@@ -105,42 +85,15 @@ class UniqueSpace:
         """`of_occurrences` of packed tokens (M,) whose bounds (B + 1,) int32 this package made: nothing is read to check them."""
         each = torch.arange(tokens.numel() + 1, device=tokens.device)
         segments = Segments(each[:-1], each[:-1], each)
-        return cls(tokens, cu_seqlens, torch.ones_like(tokens), cu_seqlens.long(), segments)
+        return cls(tokens, cu_seqlens, tokens.new_ones(1).expand(tokens.numel()), cu_seqlens.long(), segments)
 
     @classmethod
     def _of(cls, found: UniqueRows) -> UniqueSpace:
         rows = found.distinct.numel()
-        if rows > _INT32_MAX:
+        if rows > INT32_MAX:
             raise ValueError(f"tokens hold {rows} distinct rows; cu_seqlens is int32, so split the batch below 2**31")
         segments = Segments(found.inverse, found.order, found.offsets)
         return cls(found.distinct, found.cu_seqlens, found.counts, found.cu_occurrences, segments)
-
-    @classmethod
-    def _bounded(cls, tokens: Tensor, extents: Tensor, rows: int) -> tuple[UniqueSpace, Tensor]:
-        """A space of `rows` rows, and the slots of its occurrences."""
-        if not 1 <= rows <= _INT32_MAX:
-            raise ValueError(f"rows is {rows}; pass how many distinct rows there may be, 1 to {_INT32_MAX}")
-        distinct, cu_seqlens, counts, cu_occurrences, *segments, slots, found = UNIQUE(tokens, extents, rows)
-        fits = found[1] <= rows
-        inverse, order, offsets = segments
-        tokens = torch.where(torch.arange(rows, device=tokens.device) < found[1], distinct, distinct[:1])
-        # `order` and `cu_occurrences` need no mending: nothing reads past the offsets
-        space = cls(
-            tokens, cu_seqlens * fits, counts * fits, cu_occurrences, Segments(inverse * fits, order, offsets * fits)
-        )
-        return replace(space, found=found), slots
-
-    def check(self) -> None:
-        """Raise the ValueError that a bounded space could not raise when it was built. Reads the device."""
-        if self.found is None:
-            return
-        _, rows, lowest, highest, well_formed = self.found.tolist()
-        if not well_formed and self.padded_length is not None:
-            raise _bad_lengths(lowest, highest, self.padded_length)
-        if not well_formed:
-            raise ValueError("cu_seqlens does not rise from 0 to the number of tokens")
-        if rows > self.num_rows:
-            raise ValueError(f"tokens hold {rows} distinct rows, but rows is {self.num_rows}; build it with more rows")
 
     @property
     def num_samples(self) -> int:
@@ -157,15 +110,15 @@ class UniqueSpace:
     @cached_property
     def host_bounds(self) -> tuple[list[int], list[int]]:
         """cu_occurrences and cu_seqlens as the host knows them; more than one sample is read from the device, once."""
-        if self.num_samples == 1 and self.found is None:
+        if self.num_samples == 1:
             return [0, self.num_occurrences], [0, self.num_rows]
         both = torch.cat([self.cu_occurrences, self.cu_seqlens.long()]).tolist()
         return both[: self.num_samples + 1], both[self.num_samples + 1 :]
 
     @property
     def end(self) -> Tensor | None:
-        """(1,) where the spare rows of a bounded space begin; None where there are none."""
-        return None if self.found is None else self.cu_seqlens[-1:]
+        """(1,) where the spare rows of a `BoundedSpace` begin; None where there are none."""
+        return None
 
     @property
     def inverse(self) -> Tensor:
@@ -175,7 +128,7 @@ class UniqueSpace:
     @property
     def all_distinct(self) -> bool:
         """Whether no sample repeats a token; then every log weight of plain attention is 0."""
-        return self.found is None and self.spare_rows == 0 and self.num_rows == self.num_occurrences
+        return self.spare_rows == 0 and self.num_rows == self.num_occurrences
 
     def as_packed(self) -> UniqueSpace:
         """The same space, for values that are already packed (M, ...)."""
@@ -220,16 +173,10 @@ class UniqueSpace:
 
     def sample_of_rows(self) -> Tensor:
         """(U,) int64: the sample of each row."""
-        if self.found is not None:  # spare ones count to the last
-            place = torch.arange(self.num_rows, device=self.tokens.device)
-            return torch.bucketize(place, self.cu_seqlens[1:-1], right=True)
         return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_rows)
 
     def sample_of_occurrences(self) -> Tensor:
         """(M,) int64: the sample of each occurrence."""
-        if self.found is not None:  # spare ones count to the last
-            place = torch.arange(self.num_occurrences, device=self.tokens.device)
-            return torch.bucketize(place, self.cu_occurrences[1:-1], right=True)
         return torch.repeat_interleave(self.cu_occurrences.diff(), output_size=self.num_occurrences)
 
     def expand(self, rows: Tensor) -> Tensor:
@@ -242,13 +189,6 @@ class UniqueSpace:
             return occurrences
         length, slots = self.padded_length, self.num_samples * self.padded_length
         grid = occurrences
-        if self.found is not None:
-            place = torch.arange(length, device=occurrences.device)
-            valid = place < self.cu_occurrences.diff()[:, None]
-            at = torch.where(valid, self.cu_occurrences[:-1, None] + place, 0)
-            return self._where(valid.view(-1), grid.index_select(0, at.view(-1))).reshape(
-                self.num_samples, length, *occurrences.shape[1:]
-            )
         if self.num_occurrences != slots:
             grid = occurrences.new_zeros(slots, *occurrences.shape[1:]).index_copy(0, self.slots, occurrences)
         return grid.reshape(self.num_samples, length, *occurrences.shape[1:])
@@ -264,16 +204,10 @@ class UniqueSpace:
         expected = (self.num_samples, self.padded_length)
         if values.dim() < 2 or tuple(values.shape[:2]) != expected:
             raise ValueError(f"values have shape {tuple(values.shape)}; pass {expected} or {expected} + (...)")
-        flat = values.reshape(-1, *values.shape[2:])
-        if self.found is not None:  # neither values nor gradients of slots past a length
-            there = torch.arange(self.num_occurrences, device=flat.device) < self.cu_occurrences[-1]
-            return self._where(there, flat.index_select(0, self.slots))
-        return flat if self.num_occurrences == flat.shape[0] else flat.index_select(0, self.slots)
+        return self._pack(values.reshape(-1, *values.shape[2:]), self.slots)
 
-    @staticmethod
-    def _where(there: Tensor, rows: Tensor) -> Tensor:
-        """Rows (n, ...) where `there` (n,), else 0."""
-        return torch.where(there.view(-1, *([1] * (rows.dim() - 1))), rows, 0)
+    def _pack(self, grid: Tensor, slots: Tensor) -> Tensor:
+        return grid if self.num_occurrences == grid.shape[0] else grid.index_select(0, slots)
 
     def fold(self, values: Tensor, how: str = "sum") -> Tensor:
         """Per-occurrence values to rows (U, ...): `how` is "sum", "mean" or "logsumexp" over each row's occurrences."""
@@ -287,7 +221,11 @@ class UniqueSpace:
 
     def log_counts(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """log multiplicity (U,), or None where every count is 1 and the weights would all be 0."""
-        return None if self.all_distinct else self.counts.to(torch.promote_types(dtype, torch.float32)).log()
+        if self.all_distinct:
+            return None
+        wide = torch.promote_types(dtype, torch.float32)
+        # the logarithm of integers is of the default type, without a copy of them in between
+        return self.counts.log() if wide == torch.get_default_dtype() else self.counts.to(wide).log()
 
     def fold_bias(self, bias: Tensor) -> Tensor:
         """Additive per-occurrence score biases b_j (B, L[, H]) or (M[, H]) to log weights w_u = logsumexp b_j (U[, H]).
@@ -319,28 +257,37 @@ def _check_int64(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {dim} dimension{'s' if dim > 1 else ''}")
 
 
-def _check_padded(tokens: Tensor, lengths: Tensor) -> None:
+def check_padded(tokens: Tensor, lengths: Tensor) -> None:
     _check_int64("tokens", tokens, 2)
     _check_int64("lengths", lengths, 1)
     if lengths.shape[0] != tokens.shape[0]:
         raise ValueError(f"lengths has {lengths.shape[0]} entries for {tokens.shape[0]} samples; pass one per sample")
 
 
-def _bad_lengths(lowest: int, highest: int, length: int) -> ValueError:
+def bad_lengths(lowest: int, highest: int, length: int) -> ValueError:
     return ValueError(f"lengths lie in [{lowest}, {highest}]; they must lie in [0, L] with L = {length}")
 
 
 def _valid_slots(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices (M,) of the valid slots of (B, L), and the bounds of samples (B + 1,) among them."""
-    _check_padded(tokens, lengths)
+    check_padded(tokens, lengths)
     if lengths.numel():
         lowest, highest = torch.stack(lengths.aminmax()).tolist()
         if not 0 <= lowest <= highest <= tokens.shape[1]:
-            raise _bad_lengths(lowest, highest, tokens.shape[1])
+            raise bad_lengths(lowest, highest, tokens.shape[1])
     valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     bounds = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=tokens.device)
     torch.cumsum(lengths, 0, out=bounds[1:])
     return valid.reshape(-1).nonzero().squeeze(1), bounds
+
+
+def packed_extents(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Packed tokens and their bounds as `unique` takes them: few tokens of one sample as a padded one, with its length."""
+    _check_int64("tokens", tokens, 1)
+    if cu_seqlens is None and 0 < tokens.numel() <= _SHORT:
+        # one thread block on a GPU, fewer launches
+        return tokens[None], torch.full((1,), tokens.numel(), device=tokens.device)
+    return tokens, _bounds(tokens, cu_seqlens)
 
 
 def _bounds(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:

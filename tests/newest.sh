@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests marked "newest" on Python 3.12: the newest Megatron-core that constraints.txt names, and a CUDA build of torch, with which
-# operators compile where there is nvcc. tests/run.sh ends with it; alone it takes pytest's arguments. PYTHON312 names the interpreter.
+# operators compile where there is nvcc. tests/run.sh runs it beside its own; alone it takes pytest arguments. PYTHON312 names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/environment.sh

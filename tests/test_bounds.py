@@ -20,7 +20,8 @@ from test_unique_space import FOLDS, batches, normal, packed, pad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention, UniqueSpace
+from ta_plugin import ShardedTokenEmbedding, TokenizedAttention, UniqueSpace
+from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.bounds import Bounds
 from ta_plugin.ops import load_op
 from ta_plugin.ops.segments import SEGMENT_LOGSUMEXP
@@ -29,13 +30,13 @@ B, L, T, V, D, H = 3, 9, 2, 20, 8, 4
 NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def both(samples: list[list[int]], spare: int, as_packed: bool) -> tuple[UniqueSpace, UniqueSpace]:
+def both(samples: list[list[int]], spare: int, as_packed: bool) -> tuple[UniqueSpace, BoundedSpace]:
     """The ordinary space of a batch and a bounded one with `spare` rows too many."""
-    ordinary, *inputs = UniqueSpace.from_packed, *packed(samples)
+    ordinary, bounded, *inputs = UniqueSpace.from_packed, BoundedSpace.of_packed, *packed(samples)
     if not as_packed:
-        ordinary, *inputs = UniqueSpace.from_padded, *pad(samples, extra=2)
+        ordinary, bounded, *inputs = UniqueSpace.from_padded, BoundedSpace.of_padded, *pad(samples, extra=2)
     space = ordinary(*inputs)
-    return space, ordinary(*inputs, rows=max(space.num_rows + spare, 1))
+    return space, bounded(*inputs, max(space.num_rows + spare, 1))
 
 
 @given(batches, st.integers(0, 5), st.booleans())
@@ -82,7 +83,7 @@ def test_folds_and_expansion_of_a_bounded_space(samples: list[list[int]], spare:
 def test_tokens_past_the_last_bound_are_left_out(tokens: list[int], end: int) -> None:
     end = min(end, len(tokens))
     exact = UniqueSpace.from_packed(torch.tensor(tokens)[:end])
-    ours = UniqueSpace.from_packed(torch.tensor(tokens), torch.tensor([0, end]), rows=7)
+    ours = BoundedSpace.of_packed(torch.tensor(tokens), torch.tensor([0, end]), 7)
     ours.check()
     assert ours.found is not None and ours.found.tolist()[:2] == [end, exact.num_rows]
     assert torch.equal(ours.tokens[: exact.num_rows], exact.tokens)
@@ -92,7 +93,7 @@ def test_tokens_past_the_last_bound_are_left_out(tokens: list[int], end: int) ->
 
 def test_members_of_no_segment_do_not_lift_a_peak() -> None:
     """A spare member points at row 0 with value 0, beside which exp(-1000) would vanish."""
-    space = UniqueSpace.from_padded(torch.tensor([[7, 7, 7]]), torch.tensor([2]), rows=2)
+    space = BoundedSpace.of_padded(torch.tensor([[7, 7, 7]]), torch.tensor([2]), 2)
     values = torch.tensor([-1000.0, -1000.0, 0.0], dtype=torch.float64)
     found = SEGMENT_LOGSUMEXP.in_torch(values, *space.segments.tensors())
     torch.testing.assert_close(found, torch.tensor([math.log(2) - 1000, -torch.inf], dtype=torch.float64))
@@ -100,24 +101,24 @@ def test_members_of_no_segment_do_not_lift_a_peak() -> None:
 
 def test_spare_rows_are_empty_and_what_does_not_fit_is_an_empty_batch_that_says_so() -> None:
     tokens, lengths = torch.tensor([[4, 2, 4], [5, 7, 1]]), torch.tensor([3, 2])
-    fits = UniqueSpace.from_padded(tokens, lengths, rows=6)
+    fits = BoundedSpace.of_padded(tokens, lengths, 6)
     assert fits.log_counts().tolist()[4:] == [-torch.inf] * 2  # type: ignore[union-attr]
     assert fits.fold(torch.ones(2, 3)).tolist() == [2, 1, 1, 1, 0, 0]
-    small = UniqueSpace.from_padded(tokens, lengths, rows=3)
+    small = BoundedSpace.of_padded(tokens, lengths, 3)
     assert small.cu_seqlens.tolist() == [0, 0, 0] and not small.counts.any()
     assert not small.fold(torch.ones(2, 3)).any() and not small.inverse.any()
     with pytest.raises(ValueError, match="tokens hold 4 distinct rows, but rows is 3"):
         small.check()
-    wrong = UniqueSpace.from_padded(tokens, torch.tensor([3, 4]), rows=6)
+    wrong = BoundedSpace.of_padded(tokens, torch.tensor([3, 4]), 6)
     assert not wrong.counts.any()
     with pytest.raises(ValueError, match=r"lengths lie in \[3, 4\]"):
         wrong.check()
     with pytest.raises(ValueError, match="cu_seqlens does not rise"):
-        UniqueSpace.from_packed(tokens.view(-1), torch.tensor([0, 7, 6]), rows=6).check()
+        BoundedSpace.of_packed(tokens.view(-1), torch.tensor([0, 7, 6]), 6).check()
     with pytest.raises(ValueError, match="cu_seqlens does not rise"):
-        UniqueSpace.from_packed(tokens.view(-1), torch.tensor([0, 7]), rows=6).check()
+        BoundedSpace.of_packed(tokens.view(-1), torch.tensor([0, 7]), 6).check()
     with pytest.raises(ValueError, match="rows is 0; pass"):
-        UniqueSpace.from_padded(tokens, lengths, rows=0)
+        BoundedSpace.of_padded(tokens, lengths, 0)
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +254,10 @@ def test_what_does_not_fit_gives_nan_and_raises_when_asked(
         ({"row_bound": 0}, {}, "row_bound is 0; pass 1 or more"),
         ({"row_bound": 9, "id_bound": 2**31}, {}, "id_bound is 2147483648; pass"),
         ({"row_bound": None, "id_bound": 5}, {}, "id_bound is 5 without row_bound"),
+        ({"row_bound": None, "route_bound": 5}, {}, "route_bound is 5 without row_bound"),
+        ({"row_bound": 9, "route_bound": 0}, {}, "route_bound is 0; pass 1 or more"),
         ({"row_bound": 9, "include_self": True}, {}, "row_bound is 9, with .* include_self=True; it covers"),
-        ({"row_bound": 9, "strategy": "positions"}, {}, "strategy 'positions'.* it covers one rank"),
+        ({"row_bound": 9, "strategy": "positions"}, {}, "strategy 'positions'.* it covers layout 'sample'"),
         ({"row_bound": 9}, {"targets": None}, "row_bound is given in self-attention"),
         ({"row_bound": 9}, {"target_cutoffs": torch.ones(B, T).long()}, "target_cutoffs is given with row_bound"),
         ({"row_bound": 9}, {"target_lengths": torch.ones(B).long()}, "target_lengths is given with row_bound"),
@@ -263,25 +266,6 @@ def test_what_does_not_fit_gives_nan_and_raises_when_asked(
 def test_what_bounds_do_not_cover_is_named(options: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**options)(**{**inputs(), **change})
-
-
-def on_two_ranks() -> list[str]:
-    group, raised = SSPGroup(torch.distributed.group.WORLD), []
-    alone = TokenizedAttention(B, L, 1, nn.Embedding(V, D), row_bound=9)
-    for build in (
-        lambda: TokenizedAttention(B, L, 2, nn.Embedding(V, D), group=group, row_bound=9),
-        lambda: alone.regroup(group),
-    ):
-        try:
-            build()
-        except ValueError as error:
-            raised.append(str(error))
-    return raised
-
-
-def test_several_ranks_are_refused_on_each(rank_pools: Any) -> None:
-    for raised in rank_pools(2).run(on_two_ranks):
-        assert len(raised) == 2 and all("row_bound is 9, with 2 rank(s)" in text for text in raised)
 
 
 def test_bounds_by_themselves() -> None:

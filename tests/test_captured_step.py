@@ -94,3 +94,9 @@ def test_other_shapes_are_named(device: str) -> None:
     tokens, lengths, targets = batch(1, device)
     with pytest.raises(ValueError, match="pass the shapes and dtypes that were captured"):
         captured(tokens[:, 1:], lengths, targets)
+
+
+def test_a_step_is_warmed_up() -> None:
+    model, _, bounded = build("cpu", torch.float32, B * L)
+    with pytest.raises(ValueError, match="warm_up is 0; pass 1 or more"):
+        CapturedStep(bounded, [model], batch(0, "cpu"), warm_up=0)

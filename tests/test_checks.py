@@ -95,5 +95,5 @@ def test_value_terms() -> None:
         check_side("value_term", torch.zeros(2, 3, heads, 5), GOOD, {2, 4}, trailing=1)
     for shape in ((2, 3), (2, 3, 4), (2, 3, 3, 5)):
         message = message_of(check_side, "value_term", torch.zeros(shape), GOOD, {2, 4}, trailing=1)
-        assert "pass floating (2, 3, 2) or (2, 3, 4) + (Dv,)" in message
+        assert "pass floating (2, 3, 2, Dv) or (2, 3, 4, Dv)" in message
     assert "torch.int64" in message_of(check_side, "bias", torch.zeros(2, 3).long(), GOOD, {4})

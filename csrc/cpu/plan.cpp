@@ -150,6 +150,22 @@ Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multipli
   return out;
 }
 
+Tensor local_rows(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
+  TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 1, "ranks is ", ranks, " and vocab ", vocab, "; pass 1 or more");
+  const Tensor ids = int64s(ids_, "ids", ids_.dim());
+  Tensor out = at::empty_like(ids);
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  int64_t* local = out.mutable_data_ptr<int64_t>();
+  const int64_t rows_per_rank = (vocab + ranks - 1) / ranks;
+  at::parallel_for(0, ids.numel(), at::internal::GRAIN_SIZE, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t row = id[i] * multiplier % vocab;
+      local[i] = (row < 0 ? row + vocab : row) % rows_per_rank;
+    }
+  });
+  return out;
+}
+
 std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_, int64_t ranks) {
   const Tensor owner = int64s(owner_, "owner", 1), bounds = int64s(bounds_, "bounds", 1);
   TORCH_CHECK_VALUE(ranks >= 1 && bounds.size(0) >= 1, "ranks is ", ranks, " and bounds has ", bounds.size(0),
@@ -177,5 +193,6 @@ std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_
 TORCH_LIBRARY_IMPL(ta_plugin, CPU, m) {
   m.impl("unique", unique);
   m.impl("owners", owners);
+  m.impl("local_rows", local_rows);
   m.impl("partition", partition);
 }

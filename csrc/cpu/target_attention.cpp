@@ -38,7 +38,8 @@ struct Call {
         weight(a.weight.defined() ? a.weight.const_data_ptr<acc_t>() : nullptr),
         q_chunk(a.q_chunk.defined() ? a.q_chunk.const_data_ptr<int64_t>() : nullptr) {
     for (int64_t i = 0; i < a.keys; ++i)
-      TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < a.table, "rows[", i, "] is ", rows[i], " of ", a.table, " table rows");
+      TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < a.k_table.size(0), "rows[", i, "] is ", rows[i], " of ",
+                        a.k_table.size(0), " table rows");
     for (int64_t b = 0; b < a.samples; ++b)
       TORCH_CHECK_INDEX(cu_q[b + 1] >= cu_q[b] && cu_q[b + 1] <= a.queries && cu_k[b + 1] >= cu_k[b] &&
                             cu_k[b + 1] <= a.keys && cu_q[b + 1] - cu_q[b] <= a.targets,
@@ -102,11 +103,12 @@ void forward_sample(const Call<T>& call, int64_t b, T* out, at::opmath_type<T>* 
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k_table, const std::optional<Tensor>& v_table,
-                                   const Tensor& rows, const Tensor& order, const Tensor& offsets,
+                                   const Tensor& rows, const std::optional<Tensor>& index, const Tensor& order,
+                                   const Tensor& offsets,
                                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                    const std::optional<Tensor>& weight, const std::optional<Tensor>& q_chunk,
                                    int64_t max_seqlen_q, double scale, c10::string_view normaliser) {
-  const Arguments a(q, k_table, v_table, rows, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
+  const Arguments a(q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
                     normaliser);
   const auto wide = a.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor out = at::zeros_like(a.q), lse = at::empty({a.softmax ? a.queries : 0, a.heads}, a.q.options().dtype(wide));
@@ -193,19 +195,20 @@ void backward_row(const Call<T>& call, int64_t row, const int64_t* sample, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k_table,
-    const std::optional<Tensor>& v_table, const Tensor& rows, const Tensor& order, const Tensor& offsets,
+    const std::optional<Tensor>& v_table, const Tensor& rows, const std::optional<Tensor>& index, const Tensor& order,
+    const Tensor& offsets,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& q_chunk, int64_t max_seqlen_q, double scale, c10::string_view normaliser,
     const Tensor& out_, const Tensor& lse_, bool need_dweight) {
-  const Arguments a(q, k_table, v_table, rows, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
+  const Arguments a(q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
                     normaliser);
   TORCH_CHECK_VALUE(dout_.sizes() == a.q.sizes() && out_.sizes() == a.q.sizes(), "dout is ", dout_.sizes(), "; pass ",
                     a.q.sizes());
   const Tensor dout = dout_.contiguous(), out = out_.contiguous(), lse = lse_.contiguous();
   const Tensor dlse = a.softmax && dlse_.has_value() ? dlse_->contiguous() : Tensor();
   const auto wide = lse.options();
-  Tensor dq = at::zeros_like(a.q), dk = at::empty_like(a.k_table);
-  Tensor dv = a.one_table() ? at::empty({0}, a.q.options()) : at::empty_like(a.k_table);
+  Tensor dq = at::zeros_like(a.q), dk = at::empty({a.table, a.heads_kv, a.head_dim}, a.q.options());
+  Tensor dv = a.one_table() ? at::empty({0}, a.q.options()) : at::empty_like(dk);
   const std::vector<int64_t> shape{a.keys, a.targets, a.heads};
   Tensor p = at::zeros(shape, wide), ds = at::zeros(shape, wide);
   Tensor dw = need_dweight ? at::zeros(shape, wide) : at::empty({0}, wide);

@@ -45,6 +45,10 @@ cudaError_t unique(const Occurrences& x, const Unique& out, bool in_block, void*
 cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                    cudaStream_t stream);
 
+// Rows of ids (n) in their owners' shards: (id * multiplier mod vocab) mod ceil(vocab / ranks).
+cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
+                       cudaStream_t stream);
+
 // Items by owner, stable: order (n); rankwise_sizes (ranks, samples): items of each sample (bounds of samples + 1) and owner.
 cudaError_t partition_workspace_bytes(int64_t n, int64_t ranks, size_t* bytes);
 cudaError_t partition(const int64_t* owner, const int64_t* bounds, int64_t n, int64_t samples, int64_t ranks,

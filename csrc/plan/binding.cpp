@@ -66,6 +66,16 @@ Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multipli
   return out;
 }
 
+Tensor local_rows(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
+  TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 1, "ranks is ", ranks, " and vocab ", vocab, "; pass 1 or more");
+  const Tensor ids = int64s(ids_, "ids", ids_.dim(), ids_);
+  const c10::cuda::CUDAGuard guard(ids.device());
+  Tensor out = at::empty_like(ids);
+  C10_CUDA_CHECK(plan::local_rows(ids.const_data_ptr<int64_t>(), ids.numel(), ranks, vocab, multiplier,
+                                  out.mutable_data_ptr<int64_t>(), c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
 std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_, int64_t ranks) {
   const Tensor owner = int64s(owner_, "owner", 1, owner_), bounds = int64s(bounds_, "bounds", 1, owner_);
   TORCH_CHECK_VALUE(ranks >= 1 && ranks <= 12288 && bounds.size(0) >= 1, "ranks is ", ranks, " and bounds has ",
@@ -87,5 +97,6 @@ std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_
 TORCH_LIBRARY_IMPL(ta_plugin, CUDA, m) {
   m.impl("unique", unique);
   m.impl("owners", owners);
+  m.impl("local_rows", local_rows);
   m.impl("partition", partition);
 }

@@ -13,6 +13,15 @@ __global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, 
   }
 }
 
+__global__ void __launch_bounds__(kThreads) local_kernel(const int64_t* ids, int64_t n, int64_t rows_per_rank,
+                                                         int64_t vocab, int64_t multiplier, int64_t* out) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) {
+    const int64_t row = ids[i] * multiplier % vocab;
+    out[i] = (row < 0 ? row + vocab : row) % rows_per_rank;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) hashed_kernel(const int64_t* ids, int64_t n, int64_t ranks, int64_t* out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
@@ -82,6 +91,13 @@ cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, 
     permuted_kernel<<<blocks, kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab, multiplier, out);
   else
     hashed_kernel<<<blocks, kThreads, 0, stream>>>(ids, n, ranks, out);
+  return cudaGetLastError();
+}
+
+cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
+                       cudaStream_t stream) {
+  if (n > 0)
+    local_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab, multiplier, out);
   return cudaGetLastError();
 }
 

@@ -28,7 +28,6 @@ struct Problem {
   int queries;   // rows of q
   int targets;   // no sample has more queries
   int keys;      // entries of rows
-  int table;     // distinct rows of the tables
   int heads;     // of q
   int heads_kv;  // of the tables; divides heads
   int head_dim;  // a multiple of 16 bytes, at most max_head_dim elements
@@ -50,10 +49,12 @@ struct Gradients {
   const float* lse;        // (queries, heads); softmax only
   const void* dout;        // contiguous
   const float* dlse;       // (queries, heads), or null
-  const int64_t* order;    // (keys,): keys sorted by their table row, ascending within one
-  const int64_t* offsets;  // (table + 1,): where each table row starts in `order`
+  int table;               // rows of the tables' gradients
+  const int64_t* index;    // (keys,): the row of the gradient that a key adds to; `rows` where the whole table has one
+  const int64_t* order;    // (keys,): keys sorted by that row, ascending within one
+  const int64_t* offsets;  // (table + 1,): where each such row starts in `order`
   void* dq;
-  void* dk_table;
+  void* dk_table;          // (table, heads_kv, head_dim)
   void* dv_table;          // null with a null v_table: dk_table then holds both
   float* dweight;          // null, or (keys, targets, heads): d(weight) of each pair; slots past a sample's targets stay
 };
@@ -62,6 +63,8 @@ struct Gradients {
 size_t forward_workspace_bytes(const Problem& problem);
 cudaError_t forward(const Problem& problem, void* out, float* lse, void* workspace, cudaStream_t stream);
 
+// Whether the current device has the shared memory that rows of this width take.
+bool backward_fits(const Problem& problem);
 size_t backward_workspace_bytes(const Problem& problem);
 cudaError_t backward(const Problem& problem, const Gradients& gradients, void* workspace, cudaStream_t stream);
 

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 
@@ -10,9 +11,9 @@ namespace target_attention {
 
 using at::Tensor;
 
-// Contiguous tensors and sizes of one call. Names and shapes: ta_plugin/ops/target.py.
+// Contiguous tensors and sizes of one call; table is the gradient's rows. Names and shapes: ta_plugin/ops/target.py.
 struct Arguments {
-  Tensor q, k_table, v_table, rows, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk;
+  Tensor q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk;
   int64_t samples, queries, targets, keys, table, heads, heads_kv, head_dim;
   int64_t weight_stride_row = 0, weight_stride_key = 0, weight_stride_head = 0;
   bool softmax, silu;
@@ -21,7 +22,8 @@ struct Arguments {
   int64_t share() const { return heads / heads_kv; }
 
   Arguments(const Tensor& q_, const Tensor& k_table_, const std::optional<Tensor>& v_table_, const Tensor& rows_,
-            const Tensor& order_, const Tensor& offsets_, const Tensor& cu_seqlens_q_, const Tensor& cu_seqlens_k_,
+            const std::optional<Tensor>& index_, const Tensor& order_, const Tensor& offsets_, const Tensor& cu_seqlens_q_,
+            const Tensor& cu_seqlens_k_,
             const std::optional<Tensor>& weight_, const std::optional<Tensor>& q_chunk_, int64_t max_seqlen_q,
             c10::string_view normaliser) {
     TORCH_CHECK_VALUE(q_.dim() == 3 && q_.is_floating_point(), "q is ", q_.sizes(), " ", q_.dtype(),
@@ -34,19 +36,21 @@ struct Arguments {
                         "v_table is ", v_table_->sizes(), " ", v_table_->dtype(), "; pass k_table's shape and dtype");
       v_table = v_table_->contiguous();
     }
-    queries = q.size(0), heads = q.size(1), head_dim = q.size(2), table = k_table.size(0), heads_kv = k_table.size(1);
+    queries = q.size(0), heads = q.size(1), head_dim = q.size(2), heads_kv = k_table.size(1);
     TORCH_CHECK_VALUE(heads_kv > 0 && heads % heads_kv == 0, "q has ", heads, " heads and k_table ", heads_kv,
                       "; the second must divide the first");
     rows = vector(rows_, "rows", at::kLong, rows_.numel());
     keys = rows.numel();
+    index = index_.has_value() ? vector(*index_, "index", at::kLong, keys) : rows;
     order = vector(order_, "order", at::kLong, keys);
+    table = index_.has_value() ? std::max<int64_t>(offsets_.numel(), 1) - 1 : k_table.size(0);
     offsets = vector(offsets_, "offsets", at::kLong, table + 1);
     cu_seqlens_q = vector(cu_seqlens_q_, "cu_seqlens_q", at::kInt, cu_seqlens_q_.numel());
     cu_seqlens_k = vector(cu_seqlens_k_, "cu_seqlens_k", at::kInt, cu_seqlens_q.numel());
     TORCH_CHECK_VALUE(cu_seqlens_q.numel() > 0, "cu_seqlens_q is empty; pass (B + 1,) bounds");
     samples = cu_seqlens_q.numel() - 1, targets = max_seqlen_q;
     constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
-    TORCH_CHECK_VALUE(keys < kMost && queries * heads < kMost && table < kMost, "rows hold ", keys, " keys for ", queries,
+    TORCH_CHECK_VALUE(keys < kMost && queries * heads < kMost && k_table.size(0) < kMost && table < kMost, "rows hold ", keys, " keys for ", queries,
                       " queries; split the batch below 2**30");
     TORCH_CHECK_VALUE(targets >= 0 && targets <= queries, "max_seqlen_q is ", targets, " of ", queries, " queries");
     if (q_chunk_.has_value()) q_chunk = vector(*q_chunk_, "q_chunk", at::kLong, queries);

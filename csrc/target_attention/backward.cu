@@ -1,5 +1,8 @@
 // Launches the backward pass.
+#include <algorithm>
+
 #include "backward.cuh"
+#include "combine.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
 
@@ -21,14 +24,44 @@ cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+Sums sums_of(const BackwardParameters& b, const float* members, void* to) {
+  return {members, b.g.index, b.g.order, b.g.offsets, to, b.pieces, b.p.keys, b.g.table, width(b.p), b.direct};
+}
+
+template <typename T>
+cudaError_t join_pieces(const Sums& sums, cudaStream_t stream) {
+  const int blocks = sums.blocks(), joining = blocks > 1 ? (blocks + kSumWarps - 1) / kSumWarps : 0;
+  const int zeroing = (sums.table + kZeroRows - 1) / kZeroRows;
+  if (joining + zeroing > 0) join_pieces_kernel<T><<<joining + zeroing, kSumPlaces, 0, stream>>>(sums, joining);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to, cudaStream_t stream) {
-  const Problem& p = b.p;
-  const Sums sums{members, p.rows, b.g.order, b.g.offsets, to, b.pieces, p.keys, p.table, width(p), b.direct};
-  const int blocks = sums.blocks(), more = (p.table + kZeroRows - 1) / kZeroRows;
-  if (blocks + more > 0) sum_members_kernel<T><<<blocks + more, kSumPlaces, 0, stream>>>(sums, blocks);
-  if (blocks > 1) join_pieces_kernel<T><<<(blocks + kSumWarps - 1) / kSumWarps, kSumPlaces, 0, stream>>>(sums, blocks);
-  return cudaGetLastError();
+  const Sums sums = sums_of(b, members, to);
+  if (sums.blocks() > 0) sum_members_kernel<T><<<sums.blocks(), kSumPlaces, 0, stream>>>(sums);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+  return join_pieces<T>(sums, stream);
+}
+
+// Whether the second pass reads records: few query rows, of all samples together no more than shared memory holds.
+bool combines(const Problem& p) {
+  const int rows = row_slots(p);
+  return p.v_table == nullptr && rows > 0 && rows <= kMostRecordedRows && Combine::shared_bytes(p, rows) <= shared_limit();
+}
+
+template <typename T, int kRows, int kBlock>
+cudaError_t launch_combine(const Combine& c, cudaStream_t stream) {
+  const auto kernel = combine_kernel<T, kRows, kBlock>;
+  const size_t bytes = Combine::shared_bytes(c.p, c.row_slots);
+  TA_RETURN_IF_ERROR(allow_shared(kernel, bytes));
+  int resident = 1;
+  TA_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kBlock, bytes));
+  const int slices = c.p.heads_kv * Combine::slices(c.p, sizeof(T)), warps = kBlock / 32;
+  const int blocks = std::min((c.sums.blocks() + warps - 1) / warps, std::max(1, multiprocessors() * resident / slices));
+  if (blocks > 0) kernel<<<dim3(blocks, slices), kBlock, bytes, stream>>>(c);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+  return join_pieces<T>(c.sums, stream);
 }
 
 template <typename T, int kDim, int kGroups, bool kOneTable>
@@ -39,16 +72,37 @@ cudaError_t launch_weights(const BackwardParameters& parameters, cudaStream_t st
 }
 
 template <typename T, int kDim, bool kOneTable>
+cudaError_t launch_combined(const BackwardParameters& parameters, cudaStream_t stream) {
+  if constexpr (!kOneTable) return cudaErrorInvalidValue;
+  else
+    return is_plain(parameters.p) && parameters.g.dweight == nullptr
+               ? launch<MmaBackward<T, kDim, 1, true, true, true>>(parameters, stream)
+               : launch<MmaBackward<T, kDim, 1, true, false, true>>(parameters, stream);
+}
+
+// Of a block with kGroups * 16 query rows at a time.
+template <typename T, int kDim, int kGroups, bool kOneTable>
+constexpr size_t kSharedBytes = sizeof(BackwardShared<MmaBackward<T, kDim, kGroups, kOneTable, false>>);
+
+template <typename T, int kDim, bool kOneTable>
 cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
-  const int rows = parameters.row_slots <= 16 || kDim > 128 ? 16 : 32;  // at a time
+  int rows = 16;  // at a time
+  if constexpr (kDim <= 128)
+    if (parameters.row_slots > 16 && kSharedBytes<T, kDim, 2, kOneTable> <= shared_limit()) rows = 32;
   parameters.direct = parameters.row_slots <= rows;
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
+  else if (parameters.records.pairs != nullptr) TA_RETURN_IF_ERROR((launch_combined<T, kDim, kOneTable>(parameters, stream)));
   else if (rows == 16) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 1, kOneTable>(parameters, stream)));
   else if constexpr (kDim <= 128) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 2, kOneTable>(parameters, stream)));
   const Problem& p = parameters.p;
   if (p.queries > 0 && p.keys > parameters.chunks.length) {  // otherwise no sample has two chunks
     merge_dq_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);
     TA_RETURN_IF_ERROR(cudaGetLastError());
+  }
+  if (parameters.records.pairs != nullptr) {
+    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
+                    parameters.row_slots};
+    return parameters.row_slots <= 4 ? launch_combine<T, 4, 768>(c, stream) : launch_combine<T, 8, 512>(c, stream);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));
@@ -70,21 +124,44 @@ size_t dq_bytes(const Problem& p) {
   return aligned(sizeof(float) * Chunks::slots(p, chunk_length(p)) * p.heads_kv * row_slots(p) * p.head_dim);
 }
 
-size_t members_bytes(const Problem& p) { return aligned(sizeof(float) * p.keys * width(p)); }
+// What the first pass leaves of the keys.
+size_t members_bytes(const Problem& p) {
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::name_bytes(p));
+  return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
+}
+
+// Of the smallest block that takes rows of this width; those of up to 64 columns fit wherever the kernels run.
+size_t least_shared_bytes(const Problem& p) {
+  const bool wide = p.type == Type::kFloat, one = p.v_table == nullptr;
+  if (p.head_dim > 128) {
+    if (wide) return kSharedBytes<float, 256, 1, true>;
+    return one ? kSharedBytes<__nv_bfloat16, 256, 1, true> : kSharedBytes<__nv_bfloat16, 256, 1, false>;
+  }
+  if (wide) return one ? kSharedBytes<float, 128, 1, true> : kSharedBytes<float, 128, 1, false>;
+  return one ? kSharedBytes<__nv_bfloat16, 128, 1, true> : kSharedBytes<__nv_bfloat16, 128, 1, false>;
+}
 
 }  // namespace
 
+bool backward_fits(const Problem& p) { return least_shared_bytes(p) <= shared_limit(); }
+
 size_t backward_workspace_bytes(const Problem& p) {
-  return dq_bytes(p) + members_bytes(p) * (p.v_table == nullptr ? 1 : 2) + Sums::piece_bytes(p.keys, width(p));
+  return dq_bytes(p) + members_bytes(p) + Sums::piece_bytes(p.keys, width(p));
 }
 
 cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cudaStream_t stream) {
   auto* bytes = static_cast<unsigned char*>(workspace);
   BackwardParameters parameters{p, g, {p.cu_seqlens_k, p.samples, chunk_length(p)}, row_slots(p)};
   parameters.partial_dq = reinterpret_cast<float*>(bytes);
-  parameters.dk_members = reinterpret_cast<float*>(bytes += dq_bytes(p));
-  if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes += members_bytes(p));
+  bytes += dq_bytes(p);
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
+  if (combines(p)) {
+    parameters.records.pairs = reinterpret_cast<float2*>(bytes);
+    parameters.records.names = reinterpret_cast<int2*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
+  } else {
+    parameters.dk_members = reinterpret_cast<float*>(bytes);
+    if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);
+  }
   return p.type == Type::kFloat ? launch_type<float>(parameters, stream) : launch_type<__nv_bfloat16>(parameters, stream);
 }
 

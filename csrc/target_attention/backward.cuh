@@ -1,9 +1,10 @@
 // Backward, first pass: as forward, a block takes a chunk of a sample's keys. It recomputes the scores, adds up dq, and writes
-// what each key's rows receive from the queries of this sample: straight into the gradient of a table row that has no other
-// member, otherwise as float32 to be added up, member by member, in the second pass (rows.cuh). No sum depends on timing.
+// what the second pass needs of each key. Where a sample has few query rows that are coefficients (combine.cuh). Else it is what the key's rows receive from the queries of this sample: straight into the gradient of a table row that has no other
+// member, otherwise as float32 to be added up, member by member (rows.cuh). No sum depends on timing.
 #pragma once
 
 #include "mma.cuh"
+#include "rows.cuh"
 
 namespace target_attention {
 
@@ -17,6 +18,7 @@ struct BackwardParameters {
   float* dv_members;  // null with one table
   bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
   float* pieces;      // of Sums
+  Records records;    // of Combine
 
   __device__ int64_t partial(int slot, int head_kv, int row) const {
     return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;
@@ -125,22 +127,26 @@ struct QueryTile {
   }
 };
 
-// kPlain: is_plain, and no gradient of weights.
-template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain>
+// kPlain: is_plain, and no gradient of weights. kCombines: what is left for the second pass are records.
+template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain, bool kCombines = false>
 class MmaBackward {
   static constexpr bool kWide = sizeof(T) == 4;
+  static_assert(!kCombines || (kGroups == 1 && kOneTable));
 
  public:
-  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
+  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16,
+                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable,
+                          kCombines ? Brings::kRow : Brings::kRowAndMembers>;
   static constexpr int kRows = 16 * kGroups, kBlocks = 2;
   static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
-    alignas(16) T p[kRows * kCoefficients], ds[kRows * kCoefficients];  // (query rows, keys)
+    static constexpr int kSize = kCombines ? 8 : kRows * kCoefficients;
+    alignas(16) T p[kSize], ds[kSize];  // (query rows, keys)
   };
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
-                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
-      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
+                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int sample, int head_kv)
+      : b_(b), rows_(rows), sample_(sample), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
         writer_{b, head_kv, first > 0} {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
@@ -174,6 +180,7 @@ class MmaBackward {
         }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     accumulate<Shape, kGroups>(dq_, ds, stage.k());
+    if constexpr (kCombines) return record(p[0], ds[0], stage, key, keys_left);
     hand_over(p, scratch_.p);
     hand_over(ds, scratch_.ds);
     __syncwarp();
@@ -183,6 +190,21 @@ class MmaBackward {
   __device__ void store(float* dq) { store_sums<T, kDim, kGroups>(dq, dq_); }
 
  private:
+  // Of the tile's keys. Up to 8 query rows lie in the first half of each accumulator.
+  __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], const typename Shape::Stage& stage,
+                         int key, int keys_left) {
+    const int lane = threadIdx.x % 32, row = row_of(0), pairs = record_pairs(b_.row_slots);
+    if (writer_.head_kv == 0 && lane < keys_left) b_.records.names[key + lane] = make_int2(stage.row[lane], sample_);
+    if (row >= b_.row_slots) return;
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (const int column = column_of(n, i); column < keys_left)
+          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
+              make_float2(ds[n][i], p[n][i]);
+  }
+
   using Place = typename RowWriter<Shape>::Place;
   static constexpr int kTables = kOneTable ? 1 : 2;
 
@@ -305,7 +327,7 @@ class MmaBackward {
 
   const BackwardParameters& b_;
   const QueryRows& rows_;
-  int first_;
+  int sample_, first_;
   const QueryTile<Shape, kRows>& tile_;
   Scratch& scratch_;
   PairWeights<Shape, kGroups> weights_;
@@ -340,9 +362,9 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
   do {  // once also without queries: the keys' gradients are then zeros
     shared.tile.load(b, rows, first);
     {
-      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.offsets);
+      KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.index, b.g.offsets);
       __syncthreads();
-      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
+      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], chunk.sample, head_kv);
       for (int tile = 0; tile < stream.tiles(); ++tile)
         worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
       copy_wait<0>();

@@ -24,7 +24,7 @@ Problem problem_of(const Arguments& a, double scale) {
   p.normaliser = a.softmax ? Normaliser::kSoftmax : a.silu ? Normaliser::kSilu : Normaliser::kIdentity;
   p.scale = float(scale);
   p.samples = int(a.samples), p.queries = int(a.queries), p.targets = int(a.targets), p.keys = int(a.keys);
-  p.table = int(a.table), p.heads = int(a.heads), p.heads_kv = int(a.heads_kv), p.head_dim = int(a.head_dim);
+  p.heads = int(a.heads), p.heads_kv = int(a.heads_kv), p.head_dim = int(a.head_dim);
   p.q = a.q.const_data_ptr(), p.k_table = a.k_table.const_data_ptr();
   p.v_table = a.one_table() ? nullptr : a.v_table.const_data_ptr();
   for (const void* rows : {p.q, p.k_table, p.v_table})
@@ -43,11 +43,11 @@ Tensor workspace(size_t bytes, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k_table, const std::optional<Tensor>& v_table,
-                                        const Tensor& rows, const Tensor& order, const Tensor& offsets,
+                                        const Tensor& rows, const std::optional<Tensor>& index, const Tensor& order, const Tensor& offsets,
                                         const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                         const std::optional<Tensor>& weight, const std::optional<Tensor>& q_chunk,
                                         int64_t max_seqlen_q, double scale, c10::string_view normaliser) {
-  const Arguments a(q, k_table, v_table, rows, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
+  const Arguments a(q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
                     normaliser);
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem p = problem_of(a, scale);
@@ -61,24 +61,28 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k_table, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k_table,
-    const std::optional<Tensor>& v_table, const Tensor& rows, const Tensor& order, const Tensor& offsets,
+    const std::optional<Tensor>& v_table, const Tensor& rows, const std::optional<Tensor>& index, const Tensor& order,
+    const Tensor& offsets,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& q_chunk, int64_t max_seqlen_q, double scale, c10::string_view normaliser,
     const Tensor& out, const Tensor& lse, bool need_dweight) {
-  const Arguments a(q, k_table, v_table, rows, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
+  const Arguments a(q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
                     normaliser);
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem p = problem_of(a, scale);
   TORCH_CHECK_VALUE(dout.sizes() == a.q.sizes() && out.sizes() == a.q.sizes() && out.is_contiguous(), "dout is ",
                     dout.sizes(), "; pass ", a.q.sizes());
-  Tensor dq = at::empty_like(a.q), dk = at::empty_like(a.k_table);
-  Tensor dv = a.one_table() ? at::empty({0}, a.q.options()) : at::empty_like(a.k_table);
+  TORCH_CHECK_VALUE(backward_fits(p), "head_dim is ", a.head_dim, " of ", a.q.dtype(), ", whose backward takes more shared memory "
+                    "than a block has on this device; pass at most 128, or bfloat16, or backend='expanded'");
+  Tensor dq = at::empty_like(a.q), dk = at::empty({a.table, a.heads_kv, a.head_dim}, a.q.options());
+  Tensor dv = a.one_table() ? at::empty({0}, a.q.options()) : at::empty_like(dk);
   Tensor dweight = need_dweight ? at::zeros({a.keys, a.targets, a.heads}, lse.options()) : at::empty({0}, lse.options());
   const Tensor dout_rows = dout.contiguous();
   const Tensor dlse_rows = a.softmax && dlse.has_value() ? dlse->contiguous() : Tensor();
   Gradients g;
   g.out = out.const_data_ptr(), g.lse = lse.const_data_ptr<float>(), g.dout = dout_rows.const_data_ptr();
   g.dlse = dlse_rows.defined() ? dlse_rows.const_data_ptr<float>() : nullptr;
+  g.table = int(a.table), g.index = a.index.const_data_ptr<int64_t>();
   g.order = a.order.const_data_ptr<int64_t>(), g.offsets = a.offsets.const_data_ptr<int64_t>();
   g.dq = dq.mutable_data_ptr(), g.dk_table = dk.mutable_data_ptr();
   g.dv_table = a.one_table() ? nullptr : dv.mutable_data_ptr();

@@ -16,6 +16,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// Bytes of shared memory that a block may ask for.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 48 << 10;
+  return size_t(bytes);
+}
+
 // Keys per chunk: some four blocks for every multiprocessor, none so short that its prologue shows.
 inline int chunk_length(const Problem& p) {
   const int64_t wanted = int64_t(p.keys) * p.heads_kv / (4 * multiprocessors()) + 1;

@@ -8,12 +8,24 @@ namespace target_attention {
 
 constexpr int kSumWarps = 8;
 constexpr int kSumPlaces = 32 * kSumWarps;  // of `order`, to a block
-constexpr int kZeroRows = 32 * 32;          // table rows in which a block looks for those without members
+constexpr int kZeroRows = kSumPlaces;       // table rows among which a block looks for those without members
 constexpr int kAhead = 4;                   // members under way at a time
+
+// What the first pass leaves of a key where coefficients are enough: for every query row d(score), scaled, and p, in whole sectors of
+// memory; and once for all heads its row of the gradient and its sample.
+constexpr int kMostRecordedRows = 8;
+__host__ __device__ constexpr int record_pairs(int rows) { return rows <= 4 ? 4 : 8; }
+struct Records {
+  float2* pairs;  // (keys, heads_kv, record_pairs)
+  int2* names;    // (keys,)
+
+  static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
+  static size_t name_bytes(const Problem& p) { return sizeof(int2) * p.keys; }
+};
 
 struct Sums {
   const float* members;    // (keys, width)
-  const int64_t* rows;     // rows, order and offsets as in Problem and Gradients
+  const int64_t* index;    // index, order and offsets as in Gradients
   const int64_t* order;
   const int64_t* offsets;
   void* to;                // (table, width) of T
@@ -35,28 +47,24 @@ struct Segment {
 
   __device__ Segment() {}
   __device__ Segment(const Sums& s, int member) {
-    row = int(s.rows[member]);
+    row = int(s.index[member]);
     begin = int(s.offsets[row]), end = int(s.offsets[row + 1]);
   }
 };
 
 template <typename T>
 __device__ void zero_empty_rows(const Sums& s, int block) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int first = block * kZeroRows + warp * 32; first < min(s.table, (block + 1) * kZeroRows); first += 32 * kSumWarps) {
-    const int row = first + lane;
-    uint32_t empty = __ballot_sync(~0u, row < s.table && s.offsets[row] == s.offsets[row + 1]);
-    for (; empty != 0; empty &= empty - 1)
-      for (int c = 4 * lane; c < s.width; c += 128)
-        store_four(static_cast<T*>(s.to) + int64_t(first + __ffs(empty) - 1) * s.width + c, make_float4(0.f, 0.f, 0.f, 0.f));
-  }
+  const int lane = threadIdx.x % 32, row = block * kZeroRows + threadIdx.x;
+  uint32_t empty = __ballot_sync(~0u, row < s.table && s.offsets[row] == s.offsets[row + 1]);
+  for (; empty != 0; empty &= empty - 1)
+    for (int c = 4 * lane; c < s.width; c += 128)
+      store_four(static_cast<T*>(s.to) + int64_t(row - lane + __ffs(empty) - 1) * s.width + c, make_float4(0.f, 0.f, 0.f, 0.f));
 }
 
 // A warp adds up 32 places. Rows that lie wholly in them are finished; the first and the last piece meet their neighbours' in shared
-// memory, those that leave the block in `pieces`. The blocks after the last place zero the rows without members.
+// memory, those that leave the block in `pieces`.
 template <typename T>
-__global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s, int blocks) {
-  if (int(blockIdx.x) >= blocks) return zero_empty_rows<T>(s, blockIdx.x - blocks);
+__global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s) {
   __shared__ float4 shared[kSumWarps][2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int block_first = blockIdx.x * kSumPlaces, block_end = min(s.keys, block_first + kSumPlaces);
@@ -126,9 +134,12 @@ __global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s
   }
 }
 
-// Rows whose members several blocks added up: a warp for each block, and the row that starts in it and leaves it.
+// Rows whose members several blocks added up: a warp for each block, and the row that starts in it and leaves it. The blocks after
+// `joining` zero the rows without members.
 template <typename T>
-__global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int blocks) {
+__global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int joining) {
+  if (int(blockIdx.x) >= joining) return zero_empty_rows<T>(s, blockIdx.x - joining);
+  const int blocks = (s.keys + kSumPlaces - 1) / kSumPlaces;
   const int block = blockIdx.x * kSumWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block + 1 >= blocks) return;
   const Segment segment(s, int(s.order[(block + 1) * kSumPlaces - 1]));

@@ -119,18 +119,22 @@ __device__ void load_queries(T* shared, const void* source, const Problem& p, co
 
 // ---- tiles of keys ---------------------------------------------------------------------------
 
-// kOneTable: values are the keys. kMembers: each key brings its table row and the bounds of that row's members.
-template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, bool kMembers_ = false>
+// What a key brings beside its row: the row of the gradient that it adds to, and the bounds of that row's members.
+enum class Brings { kNothing, kRow, kRowAndMembers };
+
+// kOneTable: values are the keys.
+template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, Brings kBrings = Brings::kNothing>
 struct TileShape {
   using T = T_;
   static constexpr int kDim = kDim_, kTile = kTile_, kStages = kStages_;
-  static constexpr bool kOneTable = kOneTable_, kMembers = kMembers_;
+  static constexpr bool kOneTable = kOneTable_, kRow = kBrings != Brings::kNothing;
+  static constexpr bool kMembers = kBrings == Brings::kRowAndMembers;
   static constexpr int kStride = kDim + 16 / sizeof(T);  // rows start 4 banks apart: matrix loads meet no conflict
 
   struct alignas(16) Stage {
     T rows[kOneTable ? 1 : 2][kTile * kStride];
     int64_t members[kMembers ? kTile : 1][2];
-    int row[kMembers ? kTile : 1];
+    int row[kRow ? kTile : 1];
     float weight[kTile];  // softmax: log weight, -inf past the end; otherwise multiplier, 0 past the end
 
     __device__ const T* k() const { return rows[0]; }
@@ -148,10 +152,10 @@ class KeyStream {
   static constexpr int kPerLane = kPieces > 32 ? kPieces / 32 : 1;  // pieces of a row that one lane copies
 
  public:
-  // offsets: with kMembers, where each table row's members start.
+  // index, offsets: the gradient's row of each key, and where each row's members start, if keys bring them.
   __device__ KeyStream(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages,
-                       const int64_t* offsets = nullptr)
-      : p_(p), stages_(stages), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
+                       const int64_t* index = nullptr, const int64_t* offsets = nullptr)
+      : p_(p), stages_(stages), index_(index), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
     first_ = chunk.begin + int(threadIdx.x) / 32 * Shape::kTile;
     constexpr int kStep = kWarps * Shape::kTile;
     tiles_ = first_ < end_ ? (end_ - first_ + kStep - 1) / kStep : 0;
@@ -177,11 +181,12 @@ class KeyStream {
   __device__ void peek() {
     const int lane = threadIdx.x % 32, key = first_ + issued_ * kWarps * Shape::kTile + lane;
     const bool softmax = p_.normaliser == Normaliser::kSoftmax;
-    row_ = -1;
+    row_ = into_ = -1;
     present_ = false;
     weight_ = softmax ? -CUDART_INF_F : 0.f;
     if (lane < Shape::kTile && key < end_) {
       row_ = static_cast<int>(p_.rows[key]);
+      if (Shape::kRow) into_ = static_cast<int>(index_[key]);
       weight_ = softmax ? 0.f : 1.f;
       if (weights_ == Weights::kPerKey) weight_ = p_.weight[key * p_.weight_stride_key];
       present_ = !softmax || weight_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
@@ -193,10 +198,10 @@ class KeyStream {
       const int lane = threadIdx.x % 32;
       Stage& stage = stages_[issued_ % Shape::kStages];
       if (lane < Shape::kTile) stage.weight[lane] = weight_;
+      if (Shape::kRow && lane < Shape::kTile) stage.row[lane] = into_;
       if (Shape::kMembers && lane < Shape::kTile) {
-        stage.row[lane] = row_;
-        copy_async_8(&stage.members[lane][0], offsets_ + max(row_, 0));
-        copy_async_8(&stage.members[lane][1], offsets_ + max(row_, 0) + 1);
+        copy_async_8(&stage.members[lane][0], offsets_ + max(into_, 0));
+        copy_async_8(&stage.members[lane][1], offsets_ + max(into_, 0) + 1);
       }
       const int read = present_ ? row_ : -1, row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
 #pragma unroll
@@ -225,10 +230,10 @@ class KeyStream {
 
   const Problem& p_;
   Stage* stages_;
-  const int64_t* offsets_;
+  const int64_t *index_, *offsets_;
   int first_, end_, tiles_, head_;
   int issued_ = 0;
-  int row_;
+  int row_, into_;
   bool present_;
   float weight_;
   Weights weights_;

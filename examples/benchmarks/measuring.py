@@ -19,13 +19,20 @@ def zipf_tokens(batch: int, length: int, vocab: int, alpha: float, device: torch
     return torch.searchsorted(shares, draws).clamp(max=vocab - 1)
 
 
-def median_ms(works: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, taking turns, after one call each to warm up. On a GPU between device events."""
+def median_ms(
+    works: dict[str, Callable[[], Any]], rounds: int, device: torch.device, meet: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Median milliseconds of each, taking turns, after one call each to warm up. On a GPU between device events.
+
+    `meet` is called before each, so that ranks start together: else what they start apart is timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     for _ in range(rounds):
         for name, work in works.items():
+            if meet is not None:
+                meet()
             if device.type != "cuda":
                 started = time.perf_counter()
                 work()
@@ -40,24 +47,6 @@ def median_ms(works: dict[str, Callable[[], Any]], rounds: int, device: torch.de
             torch.cuda.synchronize()
             times[name].append(begin.elapsed_time(end))
     return {name: statistics.median(x) for name, x in times.items()}
-
-
-def captured(work: Callable[[], Any]) -> Callable[[], Any]:
-    """A call on the GPU as one replayed from a CUDA graph; it returns what the capture returned, overwritten."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def copy_bandwidth(device: torch.device) -> float:

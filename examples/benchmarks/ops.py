@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measuring import captured
 from torch import Tensor
 
-from ta_plugin import UniqueSpace
+from ta_plugin import CapturedStep, UniqueSpace
 from ta_plugin.ops import Segments, expand, load_op, merge_partials, operators, segment_logsumexp, segment_sum
 from ta_plugin.routing import PermutedRows
 
@@ -42,7 +41,7 @@ def zipf(samples: int, length: int, alpha: float, seed: int) -> Tensor:
 def microseconds(works: list[Work], graph: bool = True, rounds: int = 15) -> float:
     """Median time of one call, the works taking turns, each behind another so that the queue is never empty."""
     if graph:
-        works = [captured(work) for work in works]
+        works = [CapturedStep(work, [], []) for work in works]
     for work in works * 2:
         work()
     torch.cuda.synchronize()

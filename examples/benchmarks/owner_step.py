@@ -1,4 +1,4 @@
-"""One training step of target attention over a sharded table, three ways, on any number of ranks (one included).
+"""One training step of target attention over a sharded table, four ways, on any number of ranks (one included).
 
     python examples/benchmarks/owner_step.py --lengths 4096 16384                     # one GPU
     torchrun --nproc-per-node 8 examples/benchmarks/owner_step.py                     # several: weak scaling over 1, 2, 4, 8
@@ -8,7 +8,8 @@ Ways, forward and backward of the same batch, plan included:
   dense   every occurrence's embedding moves to the reader, which projects it and calls scaled_dot_product_attention
   unique  distinct embeddings move, attention in unique space (strategy "gather")
   owner   keys stay, queries and partial results move (strategy "owner")
-  captured  the same on one rank with bounds on its sizes, an eighth above what the batch holds; on a GPU replayed from a CUDA graph
+  captured  the same with bounds on its sizes, an eighth above what the fullest rank's batch holds; on a GPU replayed from a CUDA graph by
+          `CapturedStep`. Its peak memory is that of warm-up and capture: a graph holds it as long as it lives
 Gradients of embeddings end as (row, gradient) pairs at their owners, for `dense` one per occurrence: their sum is left out.
 The floor of `owner` is bytes over the bandwidth of a copy measured in the same run: tokens read and their inverse written once,
 each needed row read once forward and once backward, each distinct row's gradient written; the wire is not in it.
@@ -19,15 +20,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measuring import captured, copy_bandwidth, machine, median_ms, zipf_tokens
+from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
 from torch import Tensor, nn
 
-from ta_plugin import SSPGroup, TokenizedAttention, UniqueSpace
+from ta_plugin import CapturedStep, SSPGroup, TokenizedAttention, UniqueSpace
 from ta_plugin.parallel import create_ssp_group
 from ta_plugin.routing import PermutedRows, Route
 
@@ -49,6 +51,12 @@ class Rows(nn.Module):
     def owner_of(self, ids: Tensor) -> Tensor:
         return self.owners.owner_of(ids)
 
+    def in_place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows, self.owners.local_row(ids)
+
+    def record(self, rows: Tensor, grad: Tensor) -> None:
+        self.recorded.append((rows, grad))
+
     def forward(self, ids: Tensor) -> Tensor:
         return _Look.apply(torch.empty(0, device=ids.device, requires_grad=True), self.owners.local_row(ids), self)
 
@@ -62,7 +70,7 @@ class _Look(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.table.recorded.append((ctx.saved_tensors[0], grad))
+        ctx.table.record(ctx.saved_tensors[0], grad)
         return grad.new_empty(0), None, None
 
 
@@ -106,9 +114,12 @@ def build(
     for name, strategy in (("unique", "gather"), ("owner", "owner")):
         ways[name] = TokenizedAttention(args.batch, length, group.size, table, strategy=strategy, **options)
     if space is not None:
-        rows, ids = (n + n // 8 for n in (space.num_rows, int(space.tokens.unique().numel())))
+        found = torch.tensor([space.num_rows, space.tokens.unique().numel()], device=group.device)
+        if group.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group.group)
+        rows, ids = (n + n // 8 for n in found.tolist())
         ways["captured"] = TokenizedAttention(
-            args.batch, length, 1, table, strategy="owner", row_bound=rows, id_bound=ids, **options
+            args.batch, length, group.size, table, strategy="owner", row_bound=rows, id_bound=ids, **options
         )
     return ways
 
@@ -121,6 +132,20 @@ def step(model: nn.Module, table: Rows, tokens: Tensor, lengths: Tensor, targets
         parameter.grad = None
     table.recorded.clear()
     return out.detach()
+
+
+class Memory:
+    """What is allocated on a GPU at its highest, beyond what was when this was made; 0 on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self.held = device.type == "cuda", 0
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.held = torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() - self.held if self.on_gpu else 0
 
 
 def device_ms(work: Callable[[], Any], device: torch.device) -> float:
@@ -141,45 +166,46 @@ def measure(
     tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=group.rank)
     lengths = torch.full((args.batch,), length, device=device)
     space = UniqueSpace.from_padded(tokens, lengths)
-    ways = build(args, group, length, dtype, space if group.size == 1 else None)
+    ways = build(args, group, length, dtype, space)
     table = ways["owner"].embedding_fn
     assert isinstance(table, Rows)
     targets = zipf_tokens(args.batch, args.targets, args.vocab, args.alpha, device, seed=1000 + group.rank)
     grad = torch.randn(args.batch, args.targets, args.dim, device=device).to(dtype)
 
-    def work(model: nn.Module) -> Callable[[], Tensor]:
-        return lambda: step(model, table, tokens, lengths, targets, grad)
-
-    runs = {name: work(model) for name, model in ways.items()}
-    if "captured" in runs and device.type == "cuda":
-        runs["captured"] = captured(runs["captured"])
-    outs, sent, calls, peak, busy = {}, {}, {}, {}, {}
+    inputs = [tokens, lengths, targets, grad]
+    runs: dict[str, Callable[[], Tensor]] = {
+        name: partial(step, model, table, *inputs) for name, model in ways.items() if name != "captured"
+    }
+    memory = Memory(device)
+    runs["captured"] = partial(
+        CapturedStep(partial(step, ways["captured"], table), [ways["captured"]], inputs), *inputs
+    )
+    peak = {"captured": memory.peak()}
+    outs, sent, calls, busy = {}, {}, {}, {}
     for name, run in runs.items():
-        outs[name] = run()
+        outs[name] = run().clone()
         group.traffic.reset()
-        held = 0
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
+        memory = Memory(device)
         run()
+        peak.setdefault(name, memory.peak())
         sent[name], calls[name] = group.traffic.total_bytes(), group.traffic.total_calls()
-        peak[name] = torch.cuda.max_memory_allocated() - held if device.type == "cuda" else 0
         busy[name] = device_ms(run, device)
+    ways["captured"].check_bounds()
     largest = outs["dense"].abs().max()
     for name, out in outs.items():
         error = float((out - outs["dense"]).abs().max() / largest)
         if not error <= TOLERANCE[dtype]:
             raise SystemExit(f"{name} differs from dense by {error:.1e} of the largest output")
 
-    times = median_ms(runs, args.rounds, device)
+    meet = partial(dist.barrier, group.group) if group.size > 1 else None
+    times = median_ms(runs, args.rounds, device, meet)
     ids, row = int(space.tokens.unique().numel()), args.dim * dtype.itemsize
     floor = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
     for name in ways:
-        memory = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak[name] else "-"
+        held = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak[name] else "-"
         against = f"{times[name] / floor:.1f}" if name in ("owner", "captured") else ""
         speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against}"
-        say(f"| {group.size} | {length} | {name} | {speed} | {calls[name]} | {sent[name] / 2**20:.4g} | {memory} |")
+        say(f"| {group.size} | {length} | {name} | {speed} | {calls[name]} | {sent[name] / 2**20:.4g} | {held} |")
     return times
 
 

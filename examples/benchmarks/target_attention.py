@@ -6,7 +6,8 @@ Histories are Zipf ids; keys are the distinct ids of each sample, the table the 
 projections: keys and values are the rows themselves). Floors are bytes over the bandwidth of a copy measured in the same run:
   forward   every needed row once per sample, its index, queries and outputs
   backward  the same, and for every key the queries' and output gradients' rows of its sample again, and the table's gradient
-`moved` is what our backward has to move instead: it writes each shared key's part once, in float32, and reads it once.
+`moved` is what our backward has to move instead: it writes and reads 8 bytes for every pair where query rows are few
+(csrc/target_attention/combine.cuh), else each shared key's part in float32.
 Peers: `expanded` writes a row per key and calls weighted_attention (FlexAttention on CUDA); `occurrences` is torch's
 scaled_dot_product_attention over every occurrence's row, which a reader without unique space would call (rows laid out before).
 """
@@ -77,7 +78,12 @@ def measure(
     lone = int((ids.counts == 1).sum())
     read = keys * (dim * size + 8) + per_query
     floors = read + per_query, read + keys * 2 * heads * targets * dim * size + (table.numel() * size) + 2 * per_query
-    moved = read + 3 * per_query + 2 * (keys - lone) * dim * 4 + table.numel() * size + keys * 24
+    parts = (
+        8 * heads * targets * keys
+        if heads * targets <= 8 and batch * heads * targets <= 1750
+        else (keys - lone) * dim * 4
+    )
+    moved = read + 3 * per_query + 2 * parts + table.numel() * size + keys * 24
     flops = 4 * heads * targets * dim * keys
     for name in works:
         cells = [f"{forward[name]:.3f}", f"{backward[name]:.3f}"]

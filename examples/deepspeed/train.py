@@ -5,12 +5,13 @@
 
 On CPUs: DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py ... with the same arguments; DeepSpeed compiles its
 shared-memory collectives first, which takes about two minutes, once. Prints losses and ranking metrics; checkpoints and the curve
-of the loss go to --out. Two nodes: two_nodes.sh.
+of the loss go to --out. Ctrl-C ends it after the step, with a checkpoint; --resume goes on. Two nodes: two_nodes.sh.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 import ta_plugin.deepspeed
 from ta_plugin import ShardedTokenEmbedding
@@ -26,6 +28,7 @@ from ta_plugin.data.batches import HistoryBatches
 from ta_plugin.data.interactions import Interactions, load_interactions
 from ta_plugin.models.metrics import candidate_counts, mean_metrics, positive_ranks, ranking_metrics
 from ta_plugin.models.recommender import RecommenderConfig, SequenceRecommender, sampled_softmax_loss
+from ta_plugin.models.stopping import StopFlag
 
 SHOW_EVERY = 20
 
@@ -47,46 +50,60 @@ def main() -> None:
         min_history=1,
     )
     say(describe(engine, data, batches))
-    losses = train(engine, batches, options)
-    engine.save_checkpoint(options.out, client_state={"step": options.steps})
+    done, losses = train(engine, batches, options)
+    say(f"the newest checkpoint is {options.out}/global_step{engine.global_steps}")
     if losses and dist.get_rank() == 0:
         plot(losses, Path(options.out) / "loss.png")
-    say(f"saved {options.out}/global_step{engine.global_steps}; evaluating")
-    metrics = evaluate(engine, batches, data.n_items)
-    say("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if done == options.steps:
+        metrics = evaluate(engine, batches, data.n_items)
+        say("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    else:
+        say(f"stopped after step {done}; go on with --resume")
     dist.barrier()
     engine.destroy()
     dist.destroy_process_group()
 
 
-def train(engine: Any, batches: HistoryBatches, options: argparse.Namespace) -> dict[int, float]:
-    """Mean loss of all ranks over the last steps, by step."""
-    first, losses, since = 0, {}, time.monotonic()
-    if options.resume:
-        _, state = engine.load_checkpoint(options.out)
-        first = state["step"]
-        say(f"resumed after step {first}")
+def train(engine: Any, batches: HistoryBatches, options: argparse.Namespace) -> tuple[int, dict[int, float]]:
+    """The steps done, and the mean loss of all ranks over the last steps, by step. Ends early on Ctrl-C; saves now and then."""
+    first = resume(engine, options.out) if options.resume else 0
+    losses: dict[int, float] = {}
+    stop, shown, since, done = StopFlag(), first, time.monotonic(), first
     recent, world = torch.zeros((), device=engine.device), dist.get_world_size()
     accumulate = engine.gradient_accumulation_steps()
-    for step in range(first, options.steps):
-        for micro in range(step * accumulate, (step + 1) * accumulate):
+    stopping = False
+    while done < options.steps and not stopping:
+        for micro in range(done * accumulate, (done + 1) * accumulate):
             batch = batches.batch(*divmod(micro, batches.steps_per_epoch)).to(engine.device)
-            total = batch.weights.sum()
-            dist.all_reduce(total)
+            announced = torch.stack([batch.weights.sum(), batch.weights.new_tensor(float(stop()))])
+            dist.all_reduce(announced)
+            total, asked = announced.tolist()
+            stopping = stopping or asked > 0
             logits = engine(batch.tokens, batch.lengths, batch.ages, batch.actions, batch.targets)
-            loss = sampled_softmax_loss(logits, batch.weights, max(float(total), 1.0), world)
+            loss = sampled_softmax_loss(logits, batch.weights, max(total, 1.0), world)
             engine.backward(loss)
             engine.step()  # updates once per `accumulate` calls
             recent += loss.detach() / accumulate
-        done = step + 1
-        if done % SHOW_EVERY == 0 or done == options.steps:
-            steps = (done - first - 1) % SHOW_EVERY + 1 if not losses else done - max(losses)
+        done += 1
+        ends = stopping or done == options.steps
+        if done % SHOW_EVERY == 0 or ends:
             dist.all_reduce(recent)
-            losses[done] = float(recent) / world / steps
-            speed = 1000 * (time.monotonic() - since) / steps
+            losses[done] = float(recent) / world / (done - shown)
+            speed = 1000 * (time.monotonic() - since) / (done - shown)
             say(f"step {done}/{options.steps}: loss {losses[done]:.4f}, {speed:.0f} ms a step")
-            recent, since = torch.zeros_like(recent), time.monotonic()
-    return losses
+            recent, shown, since = torch.zeros_like(recent), done, time.monotonic()
+        if done % options.save_every == 0 or ends:
+            engine.save_checkpoint(options.out, client_state={"step": done})
+    return done, losses
+
+
+def resume(engine: Any, folder: str) -> int:
+    """The steps that the newest checkpoint of `folder` has behind it."""
+    path, state = engine.load_checkpoint(folder)
+    if path is None:
+        raise SystemExit(f"--resume: {folder} holds no checkpoint; leave --resume out, or name its folder with --out")
+    say(f"resumed after step {state['step']}")
+    return int(state["step"])
 
 
 def say(text: str) -> None:
@@ -122,6 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default="runs/deepspeed", help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--length", type=int, default=100, help="events of a history")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     return deepspeed.add_config_arguments(parser).parse_args()
@@ -129,6 +147,7 @@ def parse() -> argparse.Namespace:
 
 def build_engine(options: argparse.Namespace, n_items: int, n_actions: int) -> Any:
     """An engine around the recommender; nothing here knows on how many ranks the table will lie."""
+    device = get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", 0)))
     batch_size = deepspeed.DeepSpeedConfig(options.deepspeed_config).train_micro_batch_size_per_gpu
     config = RecommenderConfig(
         vocab_size=n_items,
@@ -136,9 +155,10 @@ def build_engine(options: argparse.Namespace, n_items: int, n_actions: int) -> A
         batch_size=batch_size,
         recent_length=min(50, options.length),
         long_length=options.length,
+        backend="reference" if device != "cpu" else None,
     )
     torch.manual_seed(0)
-    table = ShardedTokenEmbedding(n_items, config.dim)
+    table = ShardedTokenEmbedding(n_items, config.dim, device=device)
     model = SequenceRecommender(config, table)
     if options.local_rank < 0:
         del options.local_rank  # not started by the deepspeed launcher

@@ -6,9 +6,12 @@ On CUDA: NCCL, Megatron's DDP and (distributed) optimizer, TP, CP and SSP. On CP
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import checkpoints
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,8 +22,9 @@ from torch import Tensor, nn
 
 from ta_plugin.megatron import create_ssp_groups, loss_function
 from ta_plugin.megatron.arguments import add_ta_arguments
-from ta_plugin.megatron.checkpoint import save_checkpoint
+from ta_plugin.megatron.checkpoint import load_checkpoint, save_checkpoint
 from ta_plugin.megatron.gradients import clip_gradients, reduce_gradients
+from ta_plugin.models.stopping import StopFlag
 
 Batch = tuple[Tensor, Tensor, Tensor]
 MASKED = 0.15  # share of the occurrences that are hidden and predicted
@@ -47,15 +51,21 @@ def core_parser(description: str | None, **defaults: int) -> argparse.ArgumentPa
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
-    parser.add_argument("--save", help="directory for a checkpoint at the end (Megatron writes them on CUDA only)")
+    parser.add_argument(
+        "--save", type=Path, help="folder for checkpoints: now and then, at the end, and on Ctrl-C; the newest is kept"
+    )
+    parser.add_argument("--save-interval", type=int, default=100, help="iterations between checkpoints")
+    parser.add_argument("--load", type=Path, help="go on from the newest checkpoint in this folder")
     return add_ta_arguments(parser)
 
 
 def set_up(args: argparse.Namespace) -> tuple[ProcessGroupCollection, torch.device]:
     """torch.distributed, Megatron's groups and the SSP group beside them; this rank's device."""
-    cuda = torch.cuda.is_available()
-    if args.save and not cuda:
-        raise SystemExit("--save needs CUDA: megatron.core.dist_checkpointing synchronises with the device")
+    cuda, here = torch.cuda.is_available(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if cuda and here > torch.cuda.device_count():
+        raise SystemExit(
+            f"{here} processes on {torch.cuda.device_count()} GPU(s); start as many, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+        )
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cpu")
     if cuda:
@@ -149,6 +159,12 @@ class MegatronStep:
         _, norm, _ = self.optimizer.step()
         return reports[0]["lm loss"], float(norm)
 
+    def save(self, folder: Path) -> None:
+        save_checkpoint(folder, [self.model], self.optimizer)
+
+    def load(self, folder: Path) -> None:
+        load_checkpoint(folder, [self.model], self.optimizer)
+
 
 class PlainStep:
     """One optimizer step with our own reduction and torch's AdamW (CPU)."""
@@ -169,20 +185,44 @@ class PlainStep:
         self.optimizer.step()
         return report["lm loss"], norm
 
+    def save(self, folder: Path) -> None:
+        """Megatron's writer needs CUDA."""
+        checkpoints.save_rank(folder, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
 
-def train(
-    args: argparse.Namespace, model: nn.Module, groups: ProcessGroupCollection, batches: Iterator[Batch]
-) -> list[float]:
-    """`args.train_iters` steps, printed now and then; saves where asked. Returns the losses, the same on every rank."""
+    def load(self, folder: Path) -> None:
+        saved = checkpoints.load_rank(folder)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+
+
+def train(args: argparse.Namespace, model: nn.Module, groups: ProcessGroupCollection, batches: Iterator[Batch]) -> bool:
+    """Up to `args.train_iters` steps, printed now and then and saved where asked; whether it came to the end."""
     device = next(model.parameters()).device
+    say(f"{dist.get_world_size()} process(es) on {device.type}, {groups.ssp.size()} rank(s) per SSP group")
     step = MegatronStep(args, model, groups) if device.type == "cuda" else PlainStep(args, model, groups)
-    losses = []
-    for iteration in range(1, args.train_iters + 1):
+    done = checkpoints.load(args.load, step) if args.load else 0
+    for _ in range(done):
+        next(batches)  # drawn as before, so that the rest is what an undisturbed run would see
+    if done:
+        say(f"resumed after iteration {done}")
+    stop = StopFlag()
+    for iteration in range(done + 1, args.train_iters + 1):
         report, norm = step(tuple(part.to(device) for part in next(batches)))
         dist.all_reduce(report, group=groups.dp_cp)
-        losses.append(float(report[0] / report[1]))
-        if dist.get_rank() == 0 and (iteration % 10 == 0 or iteration == 1):
-            print(f"iteration {iteration:5d}  loss {losses[-1]:.4f}  grad norm {norm:.3f}", flush=True)
-    if args.save:
-        save_checkpoint(args.save, [model], None, iteration=args.train_iters)
-    return losses
+        stopping = report.new_tensor(float(stop()))
+        dist.all_reduce(stopping)
+        ends = iteration == args.train_iters or float(stopping) > 0
+        if iteration % 10 == 0 or iteration == 1 or ends:
+            say(f"iteration {iteration:5d}  loss {float(report[0] / report[1]):.4f}  grad norm {norm:.3f}")
+        if args.save and (iteration % args.save_interval == 0 or ends):
+            checkpoints.save(args.save, step, iteration)
+        if ends and iteration < args.train_iters:
+            say(f"stopped after iteration {iteration}" + (f"; go on with --load {args.save}" if args.save else ""))
+            return False
+    return True
+
+
+def say(text: str) -> None:
+    """On rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)

@@ -111,8 +111,8 @@ def main() -> None:
     model = TokenizedModel(config, vocab, spec, pg_collection=groups, embedding_seed=args.seed, **model_options(args))
     model.to(device)
     drawn = drawn_histories(args, groups.dp.rank()) if batches is None else read_histories(args, batches)
-    train(args, model, groups, drawn)
-    if batches is not None:
+    finished = train(args, model, groups, drawn)
+    if batches is not None and finished:
 
         @torch.no_grad()
         def score(batch: Any) -> Tensor:

@@ -64,7 +64,7 @@ class Progress:
             print(f"{self.name}: step {step}/{self.steps}  {figures}", flush=True)
 
 
-def print_outcomes(outcomes: list[Outcome], popularity: dict[str, float], group: SSPGroup, out: Path) -> None:
+def print_outcomes(outcomes: list[Outcome], popularity: dict[str, float], group: SSPGroup) -> None:
     """Two tables: what the models reach, and what tokenized attention cost beside plain attention in the same run."""
     console = Console(width=118)
     quality = Table(title="Test: each user's last interaction, ranked among all items not seen before")
@@ -111,17 +111,17 @@ def print_outcomes(outcomes: list[Outcome], popularity: dict[str, float], group:
         "token and attention itself gains nothing; what is saved then is embeddings that several samples share, and keys that "
         "stay at their owners."
     )
-    console.print(f"curves: {out / 'curves.png'}")
 
 
 def write_curves(outcomes: list[Outcome], popularity_valid: dict[str, float], path: Path) -> None:
     """Loss and validation NDCG@10 against updates, one line per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("no curves: pip install matplotlib")
+        return
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
     for o in outcomes:
         steps = [row["step"] for row in o.log]
         losses = [row["loss"] for row in o.log]
@@ -137,3 +137,4 @@ def write_curves(outcomes: list[Outcome], popularity_valid: dict[str, float], pa
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    print(f"curves: {path}")

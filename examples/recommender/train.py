@@ -6,10 +6,9 @@ torchrun --nproc-per-node 2 examples/recommender/train.py --inter data/ml-100k/m
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -22,23 +21,9 @@ from ta_plugin.data.interactions import Interactions, events_to_train, load_inte
 from ta_plugin.models.compare import compare
 from ta_plugin.models.metrics import candidate_counts, mean_metrics, popularity_scores, positive_ranks, ranking_metrics
 from ta_plugin.models.recommender import RecommenderConfig
+from ta_plugin.models.stopping import StopFlag
 from ta_plugin.models.trainer import RecommenderTrainer, train
 from ta_plugin.parallel import SSPGroup
-
-
-class StopFlag:
-    """Set by Ctrl-C or SIGTERM; the training loop finishes its step, saves, and ends."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-
-    def __call__(self) -> bool:
-        return self.requested
 
 
 def main(
@@ -70,24 +55,36 @@ def main(
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoints in --out")] = False,
 ) -> None:
     """Train on items, without recency and action, and on composite tokens; then compare with plain attention and report."""
-    stop = StopFlag()
-    group = _join(ssp)
-    first = not dist.is_initialized() or dist.get_rank() == 0
     columns = {"user": user_column, "item": item_column, "time": time_column}
     action = None if action_column == "none" else action_column
-
-    def load(tokens: tuple[str, ...]) -> Interactions:
-        return load_interactions(inter, item, tokens=tokens, action=action, **columns)
-
     runs: list[tuple[str, tuple[str, ...], bool, int]] = [("items", (item_column,), True, steps)]
     if class_columns != "none":
         runs.append((class_columns, tuple(class_columns.split(",")), True, class_steps))
     if ablation:
         runs.append(("items, no recency or action", (item_column,), False, steps))
+    try:  # all of it before anything trains
+        loaded = {
+            tokens: load_interactions(inter, item, tokens=tokens, action=action, **columns)
+            for tokens in dict.fromkeys(tokens for _, tokens, _, _ in runs)
+        }
+    except ValueError as error:
+        raise SystemExit(
+            f"{error}\n--user-column, --item-column, --time-column, --action-column and --class-columns name columns; 'none' does without "
+            "an action, or the run on classes"
+        ) from None
+
+    stop = StopFlag()
+    group = _join(ssp)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        print(
+            f"{group.data_parallel_size} process(es) on {group.device.type}, {group.size} rank(s) per SSP group",
+            flush=True,
+        )
 
     outcomes = []
     for name, tokens, sides, updates in runs:
-        data = load(tokens)
+        data = loaded[tokens]
         by_item = tokens == (item_column,)
         config = RecommenderConfig(
             vocab_size=data.n_items if by_item else data.n_items + data.n_tokens,
@@ -100,6 +97,7 @@ def main(
             recency=sides,
             action=sides and action is not None,
             strategy=strategy,
+            backend="reference" if group.device.type == "cuda" else None,
         )
         trainer = RecommenderTrainer(
             data,
@@ -118,8 +116,8 @@ def main(
         outcomes.append(outcome)
     else:
         if first:
-            data = load((item_column,))
-            print_outcomes(outcomes, popularity_baseline(data, "test"), group, out)
+            data = loaded[(item_column,)]
+            print_outcomes(outcomes, popularity_baseline(data, "test"), group)
             write_curves(outcomes, popularity_baseline(data, "valid"), out / "curves.png")
     if dist.is_initialized():
         dist.barrier()
@@ -137,6 +135,8 @@ def run(
 ) -> Outcome | None:
     """Train one model and measure it; None if it was stopped."""
     folder.mkdir(parents=True, exist_ok=True)
+    if resume and first and not (folder / "latest").exists():
+        print(f"{folder} holds no checkpoint: '{name}' starts from the beginning", flush=True)
     with Progress(name, steps, enabled=first) as progress:
         log, finished = train(
             trainer,

@@ -257,6 +257,8 @@ def _check(
     times: Tensor | None,
     chunk: int | CausalChunks | None,
 ) -> None:
+    if not isinstance(space, UniqueSpace):
+        raise ValueError(f"space is a {type(space).__name__}; pass UniqueSpace.from_packed(tokens, cu_seqlens)")
     for name, x, rows, what in (
         ("q", q, space.num_occurrences, "per occurrence"),
         ("k", k, space.num_rows, "per distinct row"),

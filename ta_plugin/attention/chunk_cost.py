@@ -34,7 +34,8 @@ class ChunkRates:
         """Order-of-magnitude defaults: 14 operations at a GPU's 4e14 a second beside 3e12 bytes, or a CPU core's 3e10 and 4e9.
 
         On CUDA the rest is fitted to one H100, 16 heads of 64, text at 131,072 positions in chunks of 256 to 2,048; it then chooses
-        within 3 % of the fastest size for text and DNA of 4,096 positions or more, and cuts from about 16,384.
+        within 3 % of the fastest size for text and DNA of 4,096 positions or more, and cuts from about 16,384. There it foretells the
+        table of examples/benchmarks/README.md; of shorter samples, left whole, it knows the attention alone.
         """
         if device.type == "cuda":
             return cls(

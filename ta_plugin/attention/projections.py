@@ -35,12 +35,12 @@ class HeadProjections(nn.Module):
 
     def queries(self, rows: Tensor) -> Tensor:
         """(n, E) -> (n, H, D)."""
-        return _heads(rows if self.query is None else self.query(rows), self.num_heads, "query")
+        return as_heads(rows if self.query is None else self.query(rows), self.num_heads, "query")
 
     def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(n, E) -> (n, Hk, D), (n, Hk, Dv)."""
-        k = _heads(rows if self.key is None else self.key(rows), self.num_kv_heads, "key")
-        v = _heads(rows if self.value is None else self.value(rows), self.num_kv_heads, "value")
+        k = as_heads(rows if self.key is None else self.key(rows), self.num_kv_heads, "key")
+        v = as_heads(rows if self.value is None else self.value(rows), self.num_kv_heads, "value")
         return k, v
 
     @property
@@ -101,7 +101,14 @@ class _PerHead(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.groups, ctx.transposed = groups, transposed
         blocks = weight.view(groups, -1, weight.shape[1])
-        return _from_groups(torch.bmm(_to_groups(x, groups), blocks.mT if transposed else blocks), x.shape[1])
+        blocks, rows = blocks.mT if transposed else blocks, _to_groups(x, groups)
+        if x.shape[1] != groups:
+            return _from_groups(torch.bmm(rows, blocks), x.shape[1])
+        out = x.new_empty(*x.shape[:2], blocks.shape[2])
+        torch.bmm(
+            rows, blocks, out=out.transpose(0, 1)
+        )  # written where it belongs, so that nobody has to copy it there
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -137,7 +144,8 @@ def with_one(rows: Tensor, spare: int = 0) -> Tensor:
     return (F.pad(whole, (0, spare)) if spare else whole).unsqueeze(1)
 
 
-def _heads(rows: Tensor, num_heads: int, name: str) -> Tensor:
+def as_heads(rows: Tensor, num_heads: int, name: str) -> Tensor:
+    """Rows (n, H * D) as (n, H, D)."""
     if rows.dim() != 2 or rows.shape[1] % num_heads:
         raise ValueError(
             f"{name} rows have shape {tuple(rows.shape)}; their width must be a multiple of the {num_heads} heads"

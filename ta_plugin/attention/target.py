@@ -15,7 +15,9 @@ from ta_plugin.attention.dense import Activation, Normaliser, dense_attention
 from ta_plugin.attention.weighted import weighted_attention
 from ta_plugin.ops import Segments, expand
 from ta_plugin.ops.registry import define, is_compiled, load_kernel
-from ta_plugin.ops.target import TARGET_ATTENTION
+from ta_plugin.ops.target import TARGET_ATTENTION, RowsInPlace, attend
+
+_WIDE_BYTES = 164 << 10  # of shared memory, a little less than backward of more than 128 float32 columns takes
 
 
 @overload
@@ -23,7 +25,7 @@ def target_attention(
     q: Tensor,
     k_table: Tensor,
     v_table: Tensor | None,
-    rows: Tensor | Segments,
+    rows: Tensor | Segments | RowsInPlace,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     weight: Tensor | None = ...,
@@ -43,7 +45,7 @@ def target_attention(
     q: Tensor,
     k_table: Tensor,
     v_table: Tensor | None,
-    rows: Tensor | Segments,
+    rows: Tensor | Segments | RowsInPlace,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     weight: Tensor | None = ...,
@@ -62,7 +64,7 @@ def target_attention(
     q: Tensor,
     k_table: Tensor,
     v_table: Tensor | None,
-    rows: Tensor | Segments,
+    rows: Tensor | Segments | RowsInPlace,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     weight: Tensor | None = None,
@@ -85,7 +87,7 @@ def target_attention(
     k_table:      (G, Hk, D) distinct rows, in q's dtype; Hk divides H. Absorbed projections: (G, 1, E), with queries (Q, H, E)
     v_table:      (G, Hk, Dv), or None: the values are the keys, and every row is read once
     rows:         (K,) int64, the table row of each key of each sample, samples one after another; or their Segments, which spares
-                  backward a sort
+                  backward a sort; or RowsInPlace of a table outside of the graph, which is then the only one, backend "compiled"
     cu_seqlens_*: (B + 1,) int32, bounds of each sample among the queries and the keys
     weight:       log weights (softmax; -inf: the key is absent) or multipliers ("none"), (K,) or (K, H), at least float32;
                   with q_chunk (C, K) or (C, K, H): targets with cutoffs. None: log weight 0, multiplier 1
@@ -102,20 +104,25 @@ def target_attention(
     Raises ValueError for shapes that disagree or a backend that does not cover the call.
     """
     _check(q, k_table, v_table, rows, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, normaliser, activation)
-    segments = rows if isinstance(rows, Segments) else Segments.from_index(rows, k_table.shape[0])
+    segments = Segments.from_index(rows, k_table.shape[0]) if isinstance(rows, Tensor) else rows
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if weight is not None:
         weight = weight.to(torch.promote_types(q.dtype, torch.float32))
     choice = choose_target(backend, q, k_table, v_table, activation)
+    lse: Tensor | None
     if choice.name == "compiled":
         if max_seqlen_q is None:
             max_seqlen_q = int(cu_seqlens_q.diff().max()) if cu_seqlens_q.numel() > 1 else 0
-        out, lse = TARGET_ATTENTION(
-            q, k_table, v_table, *segments.tensors(), cu_seqlens_q, cu_seqlens_k, weight,
+        out, total = attend(
+            q, k_table, v_table, segments, cu_seqlens_q, cu_seqlens_k, weight,
             None if q_chunk is None else q_chunk.long(), min(max_seqlen_q, q.shape[0]), scale,
             "silu" if _is_silu(activation) else normaliser,
         )  # fmt: skip
-        lse = lse if normaliser == "softmax" else None
+        lse = total if normaliser == "softmax" else None
+    elif isinstance(segments, RowsInPlace):
+        raise ValueError(
+            f"rows are read in place by backend 'compiled', not {choice.name!r} ({choice.reason}); pass Segments"
+        )
     else:
         k = expand(k_table, segments)
         v = k if v_table is None else expand(v_table, segments)
@@ -162,6 +169,9 @@ def _limit(q: Tensor, k_table: Tensor, v_table: Tensor | None, activation: Activ
         return f"runs on the CPU and on CUDA, not on {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float32):
         return f"runs bfloat16 and float32 on CUDA, not {q.dtype}"
+    if q.dtype == torch.float32 and width > 128:
+        has = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", _WIDE_BYTES)
+        limit = limit if has >= _WIDE_BYTES else 128
     if width * q.element_size() % 16 or not 0 < width <= limit:
         return f"needs rows of whole 16 bytes and at most {limit} elements on CUDA, not {width} of {q.dtype}"
     return None
@@ -194,7 +204,7 @@ def _check(
     q: Tensor,
     k_table: Tensor,
     v_table: Tensor | None,
-    rows: Tensor | Segments,
+    rows: Tensor | Segments | RowsInPlace,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     weight: Tensor | None,
@@ -212,12 +222,19 @@ def _check(
         )
     if k_table.shape[1] == 0 or q.shape[1] % k_table.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads and k_table {k_table.shape[1]}; the second must divide the first")
-    if isinstance(rows, Segments):
+    if isinstance(rows, RowsInPlace):
+        if v_table is not None:
+            raise ValueError("v_table is given with rows in place; pass Segments, or one table")
+    elif isinstance(rows, Segments):
         if rows.num_segments != k_table.shape[0]:
             raise ValueError(f"rows map onto {rows.num_segments} table rows, but k_table has {k_table.shape[0]}")
     elif rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)}; pass int64 (K,) or Segments")
-    keys = rows.num_members if isinstance(rows, Segments) else rows.shape[0]
+    keys = (
+        rows.num_members
+        if isinstance(rows, Segments)
+        else (rows.rows if isinstance(rows, RowsInPlace) else rows).shape[0]
+    )
     if cu_seqlens_q.numel() != cu_seqlens_k.numel():
         raise ValueError(
             f"cu_seqlens_q bounds {cu_seqlens_q.numel() - 1} samples, cu_seqlens_k {cu_seqlens_k.numel() - 1}; pass the same samples"

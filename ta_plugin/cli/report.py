@@ -13,14 +13,15 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ta_plugin.attention.backends import BACKENDS, choose
 from ta_plugin.ops.builder import OpSpec, missing_extension, op_specs
 from ta_plugin.ops.builder.toolkit import cuda_toolkit, missing_toolkit, toolkit_version
 
-SUPPORTED = {  # distribution: (lowest, below); what the tests run against
-    "torch": ("2.11", "2.14"),
+SUPPORTED = {  # distribution: (lowest, below); what the tests ran against, torch 2.14 without the hosts
+    "torch": ("2.11", "2.15"),
     "deepspeed": ("0.19.8", "0.20"),
     "megatron-core": ("0.16.1", "0.20"),
 }
@@ -53,7 +54,7 @@ def report(
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for line in lines:
             if line.section == section:
-                table.add_row(line.name, f"[{colours[line.state]}]{line.state}[/]", line.detail)
+                table.add_row(line.name, f"[{colours[line.state]}]{line.state}[/]", escape(line.detail))
         console.print(table)
         console.print()
 
@@ -111,8 +112,8 @@ def backends() -> list[Line]:
         lines.append(Line("Attention", f"{device.type}, {dtype}, head_dim {head_dim}", "ok", choice))
     for name in BACKENDS:
         try:
-            detail = _choose(name, device, dtype, 64)
-            lines.append(Line("Attention", f"backend {name}", "ok", f"runs on {device.type}: {detail}"))
+            _choose(name, device, dtype, 64)
+            lines.append(Line("Attention", f"backend {name}", "ok", f"runs on {device.type}"))
         except ValueError as error:
             lines.append(Line("Attention", f"backend {name}", "missing", str(error).split(";")[0]))
     return lines
@@ -147,7 +148,8 @@ def _op(spec: OpSpec) -> Line:
         return Line("Ops", spec.name, "missing", missing)
     if _importable(spec.module):
         return Line("Ops", spec.name, state, f"built ahead of time{runs}")
-    return Line("Ops", spec.name, state, f"not built yet; builds on first use{runs}")
+    when = "torch runs until ta_plugin.ops.load_op builds it" if spec.device == "cpu" else "builds on first use"
+    return Line("Ops", spec.name, state, f"not built yet; {when}{runs}")
 
 
 def _where_it_runs(spec: OpSpec) -> str:
@@ -176,7 +178,7 @@ def _choose(name: str | None, device: torch.device, dtype: torch.dtype, head_dim
         head_dim=head_dim,
         value_dim=head_dim,
     )
-    return f"{choice.name} ({choice.reason})"
+    return f"{choice.name} ({choice.reason.split(';')[0]})"  # why not the others stands in their own lines
 
 
 def _tool(label: str, command: str, found: bool = False) -> Line:

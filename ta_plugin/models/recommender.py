@@ -23,6 +23,8 @@ class RecommenderConfig:
     batch_size: samples per rank; recent_length and long_length: the last events the encoder and the long branch see
     recency, action: the ablations
     strategy:   of the long branch ("owner", "gather", "auto"); "positions" puts both branches on plain attention
+    backend:    of the recent branch, chosen per call by default. On a GPU "reference" suits a few dozen events: what would be chosen
+                for float32 compiles for minutes, one kind of shape after another
     """
 
     vocab_size: int
@@ -36,6 +38,7 @@ class RecommenderConfig:
     recency: bool = True
     action: bool = True
     strategy: str = "owner"
+    backend: str | None = None
 
 
 class SequenceRecommender(nn.Module):
@@ -57,7 +60,7 @@ class SequenceRecommender(nn.Module):
         plain = config.strategy == "positions"
         shared = SharedEmbedding(table)
 
-        def attention(length: int, strategy: str) -> TokenizedAttention:
+        def attention(length: int, strategy: str, backend: str | None = None) -> TokenizedAttention:
             return TokenizedAttention(
                 config.batch_size,
                 length,
@@ -71,9 +74,10 @@ class SequenceRecommender(nn.Module):
                 output=nn.Linear(dim, dim),
                 num_heads=heads,
                 strategy=strategy,
+                backend=backend,
             )
 
-        self.recent = attention(config.recent_length, "positions" if plain else "gather")
+        self.recent = attention(config.recent_length, "positions" if plain else "gather", config.backend)
         self.long = attention(config.long_length, config.strategy)
         self.encoder = HistoryEncoder(
             dim, heads, config.num_layers, num_actions=config.num_actions, recency=config.recency, action=config.action

@@ -187,6 +187,12 @@ OWNERS = Operator(
     _owners_in_torch,
     lambda ids, ranks, vocab, multiplier: torch.empty_like(ids),
 )
+LOCAL_ROWS = Operator(
+    "local_rows",
+    "(Tensor ids, int ranks, int vocab, int multiplier) -> Tensor",
+    lambda ids, ranks, vocab, multiplier: ids * multiplier % vocab % -(-vocab // ranks),
+    lambda ids, ranks, vocab, multiplier: torch.empty_like(ids),
+)
 PARTITION = Operator(
     "partition",
     "(Tensor owner, Tensor bounds, int ranks) -> (Tensor, Tensor)",

@@ -1,19 +1,35 @@
 """Few queries per sample onto rows gathered by index, as operators: `ta_plugin.attention.target_attention` is the contract.
 
 Kernels: csrc/cpu/target_attention.cpp and csrc/target_attention/. The gradient of a table row is the sum over its members (the
-keys that name it) in ascending order, never by atomics: forward and backward are bitwise repeatable.
+keys that name it) in ascending order, never by atomics: forward and backward are bitwise repeatable. With `index` (K,) the gradient is
+summed by it and not by `rows`, and is that of a part of the table's rows, (offsets.numel() - 1, Hk, D): see `RowsInPlace`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ta_plugin.ops.registry import Operator
-from ta_plugin.ops.segments import SEGMENT_SUM
+from ta_plugin.ops.segments import SEGMENT_SUM, Segments
+
+
+@dataclass(frozen=True)
+class RowsInPlace:
+    """The rows of a table that keys name, where a gradient is wanted of those rows and not of the whole table.
+
+    rows:     (K,) int64, the table row of each key
+    segments: keys -> rows (G,) of the gradient; keys of one segment name one table row
+    record:   takes that gradient (G, Hk, D), once per backward; None where nobody wants it
+    """
+
+    rows: Tensor
+    segments: Segments
+    record: Callable[[Tensor], None] | None
 
 
 def _forward_in_torch(
@@ -21,6 +37,7 @@ def _forward_in_torch(
     k_table: Tensor,
     v_table: Tensor | None,
     rows: Tensor,
+    index: Tensor | None,
     order: Tensor,
     offsets: Tensor,
     cu_seqlens_q: Tensor,
@@ -54,6 +71,7 @@ def _backward_in_torch(
     k_table: Tensor,
     v_table: Tensor | None,
     rows: Tensor,
+    index: Tensor | None,
     order: Tensor,
     offsets: Tensor,
     cu_seqlens_q: Tensor,
@@ -90,10 +108,10 @@ def _backward_in_torch(
         dq[q0:q1] = (scale * torch.einsum("tnh,nhd->thd", ds, k)).to(q.dtype)
         for to, share, queries in ((dk, scale * ds, q[q0:q1].to(wide)), (dv, p, g)):
             per_head = torch.einsum("tnh,thd->nhd", share, queries)
-            to[k0:k1] = per_head.view(k1 - k0, groups, -1, q.shape[2]).sum(2)
+            to[k0:k1] = per_head.view(k1 - k0, groups, q.shape[1] // groups, q.shape[2]).sum(2)
         if need_dweight:
             dpairs[k0:k1, : q1 - q0] = dw.transpose(0, 1).expand(-1, -1, q.shape[1])
-    segments = rows, order, offsets
+    segments = rows if index is None else index, order, offsets
     if v_table is None:
         return dq, SEGMENT_SUM.in_torch(dk + dv, *segments).to(q.dtype), q.new_empty(0), dpairs
     dk, dv = (SEGMENT_SUM.in_torch(d, *segments).to(q.dtype) for d in (dk, dv))
@@ -159,8 +177,9 @@ def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k_table, v_table, rows, *_, max_seqlen_q, _, _, _, lse, need_dweight = inputs
-    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k_table))
+    q, k_table, v_table, rows, index, _, offsets, *_, max_seqlen_q, _, _, _, lse, need_dweight = inputs
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = q.new_empty(k_table.shape[0] if index is None else offsets.shape[0] - 1, *k_table.shape[1:])
     dv = q.new_empty(0) if v_table is None else torch.empty_like(dk)
     return dq, dk, dv, _pairs_like(q, rows, max_seqlen_q, lse.dtype) if need_dweight else lse.new_empty(0)
 
@@ -172,11 +191,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    weight, q_chunk = tensors[8:10]
-    need_dweight = weight is not None and ctx.needs_input_grad[8]
     if dout is None and dlse is None:
-        return (None,) * 13
+        return (None,) * 14
+    dq, dk, dv, dweight = _gradients(ctx, dout, dlse, ctx.needs_input_grad[9])
+    return dq, dk, dv, *[None] * 6, dweight, *[None] * 4
+
+
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    *tensors, out, lse = ctx.saved_tensors
+    weight, q_chunk = tensors[9:11]
+    need_dweight = need_dweight and weight is not None
     dq, dk, dv, dpairs = TARGET_ATTENTION_BACKWARD(
         torch.zeros_like(out) if dout is None else dout,
         dlse if ctx.normaliser == "softmax" else None,
@@ -188,8 +214,41 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
         lse,
         need_dweight,
     )
-    dweight = _weight_gradient(dpairs, weight, q_chunk, *tensors[6:8]) if need_dweight else None
-    return dq, dk, None if tensors[2] is None else dv, *[None] * 5, dweight, *[None] * 4
+    dweight = _weight_gradient(dpairs, weight, q_chunk, *tensors[7:9]) if need_dweight else None
+    return dq, dk, None if tensors[2] is None else dv, dweight
+
+
+class _InPlace(torch.autograd.Function):
+    """The operator on a table outside of the graph, whose gradient `record` takes."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, record: Callable[[Tensor], None], *inputs: Any) -> tuple[Tensor, Tensor]:
+        output: tuple[Tensor, Tensor] = TARGET_ATTENTION(*inputs)
+        _keep(ctx, inputs, output)
+        ctx.record = record
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 16
+        dq, dk, _, dweight = _gradients(ctx, dout, dlse, ctx.needs_input_grad[11])
+        ctx.record(dk)
+        return dq.new_empty(0), None, dq, *[None] * 8, dweight, *[None] * 4
+
+
+def attend(
+    q: Tensor, k_table: Tensor, v_table: Tensor | None, rows: Segments | RowsInPlace, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """`TARGET_ATTENTION`, with one table in place or with tables whose gradients are whole."""
+    if isinstance(rows, Segments):
+        return TARGET_ATTENTION(q, k_table, v_table, rows.index, None, rows.order, rows.offsets, *rest)
+    segments = rows.segments
+    inputs = (q, k_table, v_table, rows.rows, segments.index, segments.order, segments.offsets, *rest)
+    if rows.record is None:
+        return TARGET_ATTENTION(*inputs)
+    anchor = torch.empty(0, device=q.device, requires_grad=True)  # backward runs also where q needs no gradient
+    return _InPlace.apply(anchor, rows.record, *inputs)
 
 
 def _weight_gradient(
@@ -210,8 +269,8 @@ def _weight_gradient(
 
 
 _INPUTS = (
-    "Tensor q, Tensor k_table, Tensor? v_table, Tensor rows, Tensor order, Tensor offsets, Tensor cu_seqlens_q, "
-    "Tensor cu_seqlens_k, Tensor? weight, Tensor? q_chunk, int max_seqlen_q, float scale, str normaliser"
+    "Tensor q, Tensor k_table, Tensor? v_table, Tensor rows, Tensor? index, Tensor order, Tensor offsets, "
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? weight, Tensor? q_chunk, int max_seqlen_q, float scale, str normaliser"
 )
 TARGET_ATTENTION = Operator(
     "target_attention",

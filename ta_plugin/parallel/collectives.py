@@ -53,11 +53,11 @@ class Moving:
     """
 
     def __init__(
-        self, x: Tensor, there: Callable[[Tensor], _InFlight], back: Callable[[Tensor], _InFlight], parts: int = 1
+        self, x: Tensor, there: Callable[[Tensor], InFlight], back: Callable[[Tensor], InFlight], parts: int = 1
     ) -> None:
         """`parts`: how many gradients of x come back, to be added up."""
         self._there, self._back, self._parts = there, back, parts
-        self._flight: _InFlight | None = None
+        self._flight: InFlight | None = None
         self._anchor: Tensor | None = _Depart.apply(self, x)
 
     def arrive(self) -> Tensor:
@@ -132,7 +132,7 @@ def explained(name: str, group: SSPGroup) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _InFlight:
+class InFlight:
     """A collective that runs: what it fills, what it reads, and the work to wait for, None if that was waited for."""
 
     received: Tensor
@@ -150,21 +150,21 @@ class _InFlight:
 
 def _exchange(
     x: Tensor, send: list[int], receive: list[int], group: SSPGroup, name: str, later: bool = False
-) -> _InFlight:
+) -> InFlight:
     sent, received = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
     with explained(name, group):
         work = dist.all_to_all_single(received, sent, receive, send, group=group.group, async_op=later)
     group.traffic.record(name, x, sum(send) - send[group.rank])
-    return _InFlight(received, sent, work, group, name)
+    return InFlight(received, sent, work, group, name)
 
 
-def _gather(x: Tensor, rows: list[int], group: SSPGroup, name: str, later: bool = False) -> _InFlight:
+def _gather(x: Tensor, rows: list[int], group: SSPGroup, name: str, later: bool = False) -> InFlight:
     if min(rows) == max(rows):
         sent, gathered = x.contiguous(), x.new_empty(sum(rows), *x.shape[1:])
         with explained(name, group):
             work = gather_single(gathered, sent, group.group, later)
         group.traffic.record(name, x, (group.size - 1) * x.shape[0])
-        return _InFlight(gathered, sent, work, group, name)
+        return InFlight(gathered, sent, work, group, name)
     # uneven: an all-to-all that sends the same rows to everybody moves no padding
     everyone = x.repeat(group.size, *([1] * (x.dim() - 1)))
     return _exchange(everyone, [x.shape[0]] * group.size, rows, group, name, later)

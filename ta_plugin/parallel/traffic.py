@@ -36,3 +36,20 @@ class Traffic:
         self.elements.clear()
         self.bytes.clear()
         self.calls.clear()
+
+    def copy(self) -> Traffic:
+        copied = Traffic()
+        copied.add(self)
+        return copied
+
+    def since(self, before: Traffic) -> Traffic:
+        """What was counted after `before` was copied from this."""
+        counted = self.copy()
+        counted.add(before, -1)
+        return counted
+
+    def add(self, other: Traffic, times: int = 1) -> None:
+        """Count what `other` holds, `times` times over."""
+        for mine, theirs in ((self.elements, other.elements), (self.bytes, other.bytes), (self.calls, other.calls)):
+            for name, n in theirs.items():
+                mine[name] += times * n

@@ -161,6 +161,7 @@ class Explanation:
     chosen: StrategyName
     reason: str
     backend: str
+    rates: Rates
 
     def __str__(self) -> str:
         load = self.load
@@ -176,6 +177,10 @@ class Explanation:
                 f"{e.bytes_sent / 1e6:>10.3f} {e.flops / 1e9:>16.4f} {e.memory / 1e6:>13.3f} {1e3 * e.seconds:>9.3f}"
             )
             lines.append(f"{mark} {name:<24} {figures}")
+        moved, computed = self.rates.bytes_per_second / 1e9, self.rates.flops_per_second / 1e9
+        lines.append(
+            f"est. ms: {moved:g} GB/s and {computed:g} G operations/s (`rates`), nothing for calls and waits: compare, don't plan"
+        )
         lines.append(f"busiest owner over mean: {imbalance(load):.2f} expected")
         lines.append(f"strategy: {self.chosen} ({self.reason})")
         lines.append(f"backend: {self.backend}")
@@ -188,7 +193,7 @@ def explain(load: Workload, rates: Rates, requested: str, backend: str, only_gat
     if load.layout == "sequence":
         names = ["owner"] if load.targets else ["positions", "ring"]
     chosen, reason = choose_strategy(load, rates, requested, only_gather)
-    return Explanation(load, [estimate(name, load, rates) for name in names], chosen, reason, backend)
+    return Explanation(load, [estimate(name, load, rates) for name in names], chosen, reason, backend, rates)
 
 
 def choose_strategy(load: Workload, rates: Rates, requested: str, only_gather: str | None) -> tuple[StrategyName, str]:

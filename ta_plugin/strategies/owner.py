@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ta_plugin.attention.layers import PackedTargets, with_own_key
 from ta_plugin.attention.sides import RowWeights, Sides
-from ta_plugin.embedding import embed_owned, owners_of
+from ta_plugin.embedding import owners_of
 from ta_plugin.parallel import (
     SSPGroup,
     all_gather_rows,
@@ -17,6 +17,7 @@ from ta_plugin.parallel import (
     start_all_to_all_rows,
 )
 from ta_plugin.routing import Route, rfc_positions
+from ta_plugin.strategies.bounded_owner import bounded_owner
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
 from ta_plugin.strategies.ring import own
@@ -31,6 +32,10 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     """
     assert request.targets is not None
     projections, group = modules.projections, modules.group
+    if modules.bounds is not None and group.size > 1:
+        return bounded_owner(request, modules)
+    alone = group.size == 1 and request.cutoffs is None and not request.shared
+    early = Keys.owned(request.space, modules) if alone else None  # first, because it runs beside all that follows
     rows = request.target_rows(modules)
     q = projections.queries(rows)
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")  # needs nothing of what is done for keys
@@ -39,7 +44,7 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     if request.shared:
         order, targets = everybody.together(group.size)
     if request.cutoffs is None:
-        keys, cutoffs = _owned_rows(request, modules, q.dtype), None
+        keys, cutoffs = _owned_rows(request, modules, q.dtype, early), None
     else:
         keys, owned_positions, sides = _owned_occurrences(request, modules, q.dtype)
         every_cutoff = _all_cutoffs(request, group)
@@ -59,7 +64,7 @@ def owner(request: Request, modules: AttentionModules) -> Tensor:
     return out
 
 
-def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype) -> Keys:
+def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype, early: Keys | None) -> Keys:
     """Distinct tokens and their folded weights, at their owners."""
     if request.shared:
         owned, table, segments = own(request, modules)
@@ -71,7 +76,7 @@ def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype)
         weight = torch.full((space.num_rows,), 0.0 if normaliser == "softmax" else 1.0, device=space.tokens.device)
         weight = weight.to(torch.promote_types(dtype, torch.float32))
     if modules.group.size == 1:
-        return _keys(space, RowWeights(weight, weights.term), modules)
+        return _keys(space, RowWeights(weight, weights.term), modules, early)
     route = _route(space.tokens, space.cu_seqlens, request, modules)
     tokens = route.to_owners(space.tokens, "keys.ids")
     received = RowWeights(
@@ -132,9 +137,8 @@ def _route(tokens: Tensor, cu_seqlens: Tensor, request: Request, modules: Attent
     return Route.build(owners.owner_of(tokens), cu_seqlens, request.batch_sizes, modules.group)
 
 
-def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules) -> Keys:
-    distinct = modules.distinct(space.tokens, space.end)  # again across ranks: each owned id is looked up once
-    return Keys(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments, space, weights)
+def _keys(space: UniqueSpace, weights: RowWeights, modules: AttentionModules, early: Keys | None = None) -> Keys:
+    return (early or Keys.owned(space, modules)).weighted(weights)
 
 
 def _all_cutoffs(request: Request, group: SSPGroup) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,9 @@ from ta_plugin.embedding import EmbeddingFn, embed_owned, lookup, owners_of
 from ta_plugin.ops import Segments, expand
 from ta_plugin.parallel import SSPGroup
 from ta_plugin.routing import Route
+from ta_plugin.strategies.beside import Beside
 from ta_plugin.strategies.cost import Rates
+from ta_plugin.strategies.in_place import read_rows
 from ta_plugin.unique_space import UniqueSpace
 
 # rows (U, E), their space (OwnedRows in layout "sequence") -> rows (U, E')
@@ -35,6 +38,10 @@ class AttentionModules:
     include_self: bool = False
     rates: Rates | None = None
     bounds: Bounds | None = None
+
+    @cached_property
+    def beside(self) -> Beside:
+        return Beside(self.group.device)
 
     def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
         """The distinct ones of ids (n,), of the rows before `UniqueSpace.end`."""
@@ -80,8 +87,12 @@ class Request:
         if self.queries is not None:
             return self.targets.pack(self.queries)
         assert self.target_ids is not None
-        table, index = fetch(self.targets.pack(self.target_ids), modules, "targets", self.deduplicate)
-        return expand(table, index)
+        ids = self.targets.pack(self.target_ids)
+        rows = read_rows(ids, modules) if modules.group.size == 1 and self.deduplicate else None
+        if rows is None:
+            table, index = fetch(ids, modules, "targets", self.deduplicate)
+            rows = expand(table, index)
+        return rows
 
 
 def in_multiples(encode: Encoder, multiple: int) -> Encoder:

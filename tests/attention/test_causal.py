@@ -386,6 +386,7 @@ def test_bad_input_is_named() -> None:
     space = UniqueSpace.from_packed(torch.tensor([1, 2, 1]))
     q, k, v = inputs_of(space, 2, 2)
     for call, message in (
+        (lambda: causal_attention(q, q, k, v), "space is a Tensor; pass UniqueSpace"),
         (lambda: causal_attention(space, q[:2], k, v), "q has shape"),
         (lambda: causal_attention(space, q, k[:1], v), "k has shape"),
         (lambda: causal_attention(space, q, k, v, decay=torch.ones(3)), "decay"),

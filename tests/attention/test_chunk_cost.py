@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 
 from ta_plugin import UniqueSpace
@@ -69,3 +73,20 @@ def test_short_documents_are_not_cut() -> None:
     choice = choose_chunk(space, 4, 16, CPU)
     assert choice.size == 64 and choice.seconds == {64: choice.seconds[64]} and choice.seconds[64][0] == 0.0
     assert choose_chunk(UniqueSpace.from_packed(torch.empty(0, dtype=torch.int64)), 4, 16, CPU).size == 1
+
+
+def test_it_foretells_the_measured_table() -> None:
+    """Where samples are cut, the figures of causal_growth.py lie near: a kernel that changes them wants new rates."""
+    text = (Path(__file__).parents[2] / "examples/benchmarks/README.md").read_text()
+    rows = [
+        (int(length), int(distinct), float(ms))
+        for table in re.findall(r"### \w+, causal\n(.*?)\n### |### \w+, causal\n(.*?)$", text, re.DOTALL)
+        for length, distinct, ms in re.findall(r"^\| (\d+) \| (\d+) \| ([\d.]+) \(", "".join(table), re.MULTILINE)
+    ]
+    assert len(rows) == 18
+    for length, distinct, ms in rows:
+        space = SimpleNamespace(host_bounds=([0, length], [0, distinct]), num_occurrences=length)
+        choice = choose_chunk(space, 16, 64, torch.device("cuda"))  # type: ignore[arg-type]
+        assert (choice.size < length) == (length >= 16384)
+        if choice.size < length:
+            assert 0.7 < 1e3 * sum(choice.seconds[choice.size]) / ms < 1.4, (length, distinct)

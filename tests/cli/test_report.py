@@ -59,7 +59,7 @@ def test_compiler_alone_builds_the_cpu_ops(tools: Path, monkeypatch: pytest.Monk
     tool(tools / "c++")
     tool(tools / "ninja")
     facts = run()
-    assert facts["ta_cpu"]["state"] == "ok" and "first use" in facts["ta_cpu"]["detail"]
+    assert facts["ta_cpu"]["state"] == "ok" and "until ta_plugin.ops.load_op builds it" in facts["ta_cpu"]["detail"]
 
 
 def test_nvcc_without_a_gpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +147,8 @@ def test_prints_tables() -> None:
     assert result.exit_code == 0
     for section in ("Hosts", "Devices", "Ops", "Attention", "Groups"):
         assert section in result.output
+
+
+def test_brackets_in_a_detail_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ops", lambda: [module.Line("Ops", "ta_cpu", "missing", "pip install deepspeed[some]")])
+    assert "pip install deepspeed[some]" in CliRunner().invoke(app, ["report"]).output

@@ -48,20 +48,22 @@ def test_a_phase_counts_what_it_launched_wherever_that_ran(step_trace: ModuleTyp
         event("gemm", 15, 25, "kernel", 2),
         event("of another phase", 8, 9, "kernel", 3),
     ]
+    events.append(event("cudaGraphLaunch", 6, 7, "cuda_runtime", 4))
     phase = step_trace.Phase.of(events, "forward")
     assert (phase.wall, phase.collective, phase.compute, phase.both) == (10, 12, 10, 5)
-    assert (phase.launches, phase.waits) == (2, 1)
+    assert (phase.launches, phase.waits) == (3, 1)
 
 
-def test_two_ranks_print_both_phases_and_leave_their_traces(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("way", "phases"), [("owner", ["forward", "backward"]), ("captured", ["replay"])])
+def test_two_ranks_print_their_phases_and_leave_their_traces(tmp_path: Path, way: str, phases: list[str]) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "step_trace.py"),
-        "--batch", "3", "--lengths", "48", "--vocab", "300", "--dim", "16", "--targets", "2", "--folder", str(tmp_path),
+        "--batch", "3", "--lengths", "48", "--vocab", "300", "--dim", "16", "--targets", "2", "--folder", str(tmp_path), "--way", way,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^\| 48 \| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", done.stdout, re.M)
-    assert [name for name, *_ in found] == ["forward", "backward"], done.stdout
+    assert [name for name, *_ in found] == phases, done.stdout
     assert all(float(ms) > 0 for _, *each in found for ms in each)
-    assert sorted(x.name for x in tmp_path.iterdir()) == [f"owner.L48.rank{r}.json.gz" for r in range(2)]
+    assert sorted(x.name for x in tmp_path.iterdir()) == [f"{way}.L48.rank{r}.json.gz" for r in range(2)]

@@ -22,8 +22,8 @@ part() {  # part NAME PYTEST-ARGUMENTS...
 }
 
 part errors tests/test_errors_on_ranks.py tests/test_sequence_errors.py tests/parallel -k "not in_vain"  # NCCL ends who waits in vain
-part core tests/test_precision_on_ranks.py tests/test_tokenized_attention.py tests/test_sequence_layout.py \
-  tests/strategies/test_causal_ranks.py tests/strategies/test_ring_traffic.py -k "not test_one_rank"
+part core tests/test_captured_on_ranks.py tests/test_bounds_on_ranks.py tests/test_precision_on_ranks.py tests/test_tokenized_attention.py \
+  tests/test_sequence_layout.py tests/strategies/test_causal_ranks.py tests/strategies/test_ring_traffic.py -k "not test_one_rank"
 part megatron-layouts tests/megatron/test_megatron_layouts.py
 part megatron tests/megatron/test_megatron_bf16.py tests/megatron/test_megatron_sequence.py \
   tests/megatron/test_megatron_token_keyed.py tests/megatron/test_megatron_microbatches.py

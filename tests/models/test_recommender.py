@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_interactions import write_interactions
+from torch import nn
 
 from ta_plugin import SSPGroup, UniqueSpace
 from ta_plugin.data.interactions import load_interactions
@@ -153,3 +154,10 @@ def test_last_events_keeps_the_newest() -> None:
     kept, lengths = last_events(grid, lengths=torch.tensor([5, 2]), width=3)
     assert kept[0].tolist() == [2, 3, 4] and kept[1, :2].tolist() == [6, 7]
     assert lengths.tolist() == [3, 2]
+
+
+def test_the_recent_branch_takes_a_backend() -> None:
+    model = SequenceRecommender(
+        RecommenderConfig(vocab_size=20, num_actions=2, batch_size=2, backend="reference"), nn.Embedding(20, 64)
+    )
+    assert model.recent.scoring.backend == "reference" and model.long.scoring.backend is None

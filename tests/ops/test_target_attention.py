@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ta_plugin.attention import target_attention
 from ta_plugin.ops import Segments
+from ta_plugin.ops.target import RowsInPlace
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 WEIGHTS = [None, "key", "head", "pair", "pair_head"]
@@ -245,6 +246,47 @@ def test_members_of_a_row(device: str, dtype: torch.dtype, table: int) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("samples", "heads"), [(300, 4), (300, 8), (1500, 4)])
+def test_few_query_rows_in_many_samples(device: str, dtype: torch.dtype, samples: int, heads: int) -> None:
+    """On CUDA with all samples' queries in shared memory, and with more of them than that holds; rows of one and of all samples."""
+    if device == "cpu":
+        samples //= 10
+    lengths = [n % 7 for n in range(samples)]
+    case = draw(device, [n % 3 != 2 for n in range(samples)], lengths, table=900, heads=heads, dim=40, dtype=dtype)
+    case.rows[torch.tensor([0, *lengths]).cumsum(0)[:-1][[n > 0 for n in lengths]].to(device)] = (
+        5  # one token everywhere
+    )
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "heads_kv"), [(4, 1), (12, 1), (4, 2)])
+@pytest.mark.parametrize("weights", ["key", "pair_head"])
+def test_rows_in_place(device: str, dtype: torch.dtype, heads: int, heads_kv: int, weights: str) -> None:
+    """The gradient of the rows that are named, and of no others, to the bit that of the whole table."""
+    targets = 2 if heads < 12 else 1
+    case = draw(
+        device, [targets, 1, 0, targets], [300, 41, 9, 0], table=500, heads=heads, heads_kv=heads_kv, dtype=dtype, weights=weights
+    )  # fmt: skip
+    whole = run(case)
+    distinct, index = case.rows.unique(return_inverse=True)
+    recorded: list[Tensor] = []
+    named = case._replace(
+        rows=RowsInPlace(case.rows, Segments.from_index(index, distinct.numel() + 3), recorded.append)
+    )  # type: ignore[arg-type]
+    results = run(named._replace(k_table=case.k_table.clone()))
+    assert "dk" not in results  # the table is outside of the graph
+    assert len(recorded) == 1 and not recorded[0][distinct.numel() :].any()
+    assert torch.equal(recorded[0][: distinct.numel()], whole["dk"][distinct])
+    assert all(torch.equal(x, whole[name]) for name, x in results.items())
+    with torch.no_grad():
+        silent = target_attention(
+            case.q, case.k_table, None, named.rows, *case.bounds, case.weight, q_chunk=case.q_chunk, backend="compiled"
+        )
+    assert torch.equal(silent, whole["out"]) and len(recorded) == 1
+
+
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [([], []), ([0, 0], [0, 0]), ([2, 1], [0, 0]), ([0, 0], [3, 5])])
 @pytest.mark.parametrize("one_table", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -314,12 +356,13 @@ def test_repeats_to_the_bit(device: str, dtype: torch.dtype, heads_kv: int) -> N
 
 @pytest.mark.parametrize("normaliser", ["softmax", "none"])
 def test_operators_in_torch_and_expanded_agree(device: str, normaliser: str, plain: Any) -> None:
-    case = draw(device, [2, 0, 3], [40, 9, 17], heads_kv=2, one_table=False, weights="pair_head", normaliser=normaliser)
+    case = draw(device, [2, 0, 3], [40, 9, 0], heads_kv=2, one_table=False, weights="pair_head", normaliser=normaliser)
     check(case, run(case, "expanded"))
     segments = Segments.from_index(case.rows, case.k_table.shape[0])
     leaves = [x.detach().requires_grad_() for x in (case.q, case.k_table, case.v_table, case.weight)]  # type: ignore[union-attr]
     out, lse = plain("target_attention")(
-        *leaves[:3], *segments.tensors(), *case.bounds, leaves[3], case.q_chunk, 3, case.q.shape[2] ** -0.5, normaliser
+        *leaves[:3], segments.index, None, segments.order, segments.offsets, *case.bounds, leaves[3], case.q_chunk, 3,
+        case.q.shape[2] ** -0.5, normaliser
     )  # fmt: skip
     check(case, gradients(case, leaves, out, lse if normaliser == "softmax" else None))
 
@@ -343,8 +386,9 @@ def test_torch_accepts_the_operators(device: str, compiled: Any, one_table: bool
     case = draw(device, [2, 0, 1], [6, 3, 4], dim=8, one_table=one_table, weights=weights, table=9)
     inputs = [None if x is None else x.requires_grad_() for x in (case.q, case.k_table, case.v_table)]
     weight = None if case.weight is None else case.weight.requires_grad_()
-    segments = Segments.from_index(case.rows, 9).tensors()
-    arguments = (*inputs, *segments, *case.bounds, weight, case.q_chunk, 2, 0.3, "softmax")
+    segments = Segments.from_index(case.rows, 9)
+    rows = (segments.index, None, segments.order, segments.offsets)
+    arguments = (*inputs, *rows, *case.bounds, weight, case.q_chunk, 2, 0.3, "softmax")
     torch.library.opcheck(compiled("target_attention").default, arguments)
     out, lse = compiled("target_attention")(*arguments)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in (*case.grads, *arguments, out, lse)]
@@ -360,6 +404,11 @@ def test_compiles_whole(device: str) -> None:
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(case.q, case.k_table), attend(case.q, case.k_table))
+
+
+IN_PLACE = RowsInPlace(
+    torch.zeros(10, dtype=torch.int64), Segments.from_index(torch.zeros(10, dtype=torch.int64), 1), None
+)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +429,8 @@ def test_compiles_whole(device: str) -> None:
         ({"backend": "flash"}, "choose 'compiled', 'expanded'"),
         ({"normaliser": "none", "activation": F.relu, "backend": "compiled"}, "no activation but SiLU"),
         ({"v_table": torch.zeros(23, 1, 4), "backend": "compiled"}, "equal head dims"),
+        ({"rows": IN_PLACE, "v_table": torch.zeros(23, 1, 8)}, "v_table is given with rows in place"),
+        ({"rows": IN_PLACE, "backend": "expanded"}, "rows are read in place by backend 'compiled'"),
         ({"q": torch.zeros(3, 4, 8).double(), "backend": "compiled"}, "needs the tables in q's dtype"),
         ({"rows": torch.full((10,), 23), "backend": "compiled"}, r"rows\[0\] is 23 of 23"),
     ],

@@ -101,6 +101,7 @@ def test_an_explanation_prints_its_figures() -> None:
     assert f"busiest owner over mean: {imbalance(load):.2f} expected" in text
     assert "strategy: owner (owner is estimated at" in text
     assert "backend: sdpa (as requested)" in text
+    assert "est. ms: 1 GB/s and 1e+06 G operations/s" in text
     only = explain(load, NETWORK_BOUND, "auto", "sdpa", "it is self-attention")
     assert [e.strategy for e in only.estimates] == ["positions", "gather"]
 

@@ -80,7 +80,11 @@ def choose(
     }
     measured = {name: value for name, value in rates.items() if value is not None}
     able = {name: value for name, value in measured.items() if name not in ON_REQUEST}
-    others = "; ".join(f"{name} {limit}" for name, limit in limits.items() if limit)
+    refused: dict[str, list[str]] = {}
+    for name, limit in limits.items():
+        if limit:
+            refused.setdefault(limit, []).append(name)
+    others = "; ".join(f"{', '.join(names)}{':' * (len(names) > 1)} {limit}" for limit, names in refused.items())
     if able:
         name = max(able, key=lambda n: able[n])
         figures = ", ".join(

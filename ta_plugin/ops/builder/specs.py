@@ -10,7 +10,8 @@ from typing import Literal
 CUDA_ARCHITECTURES = ("80", "90a", "100")  # built ahead of time; a kernel that needs one of them says so in its spec
 
 ROW_OPERATORS = ("segment_sum", "segment_logsumexp", "expand", "merge", "merge_into", "merge_backward")
-PLAN_OPERATORS = ("unique", "owners", "partition")
+PLAN_OPERATORS = ("unique", "owners", "local_rows", "partition")
+BUCKET_OPERATORS = ("bucket", "compact", "spread")
 TARGET_OPERATORS = ("target_attention", "target_attention_backward")
 
 
@@ -56,9 +57,9 @@ class OpSpec:
 def op_specs() -> list[OpSpec]:
     """Every extension there is."""
     return [
-        OpSpec("ta_cpu", "cpu", "cpu", operators=ROW_OPERATORS + PLAN_OPERATORS + TARGET_OPERATORS),
+        OpSpec("ta_cpu", "cpu", "cpu", operators=ROW_OPERATORS + PLAN_OPERATORS + BUCKET_OPERATORS + TARGET_OPERATORS),
         OpSpec("ta_rows", "rows", "cuda", operators=ROW_OPERATORS),
-        OpSpec("ta_plan", "plan", "cuda", operators=PLAN_OPERATORS),
+        OpSpec("ta_plan", "plan", "cuda", operators=PLAN_OPERATORS + BUCKET_OPERATORS),
         OpSpec("ta_weighted_attention", "weighted_attention", "cuda", architectures=("90a",)),
         OpSpec(
             "ta_target_attention", "target_attention", "cuda", operators=TARGET_OPERATORS, architectures=("80", "90a")

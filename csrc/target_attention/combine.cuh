@@ -1,0 +1,190 @@
+// Backward, second pass where a sample has few query rows. The gradient of a table row is
+//   sum over its members u and the query rows r of u's sample:  ds[u, r] q[r] + p[u, r] dout[r],
+// members in order. A block keeps 64 bytes of every row of q and dout, of all samples, in shared memory: what moves are the
+// coefficients ds and p, 8 bytes a pair, and the gradient, once. Threads go by place in `order`, not by table row.
+#pragma once
+
+#include "rows.cuh"
+
+namespace target_attention {
+
+constexpr int kSliceBytes = 64;                // of a row: what a block's shared memory holds
+constexpr int kPieceLanes = kSliceBytes / 16;  // lanes of a group, 16 bytes each
+constexpr int kMembers = 32 / kPieceLanes;     // groups of a warp: each adds up members of its own
+constexpr int kRun = kSumPlaces / kMembers;    // places of a group, one after the other; a warp has as many as a block of Sums
+
+struct Combine {
+  Problem p;
+  Gradients g;
+  Sums sums;
+  Records records;
+  int row_slots;
+
+  static int slices(const Problem& p, int element) { return (p.head_dim * element + kSliceBytes - 1) / kSliceBytes; }
+  static size_t shared_bytes(const Problem& p, int row_slots) {
+    return size_t(p.samples) * row_slots * 2 * kSliceBytes;
+  }
+};
+
+// d(score) and p of up to kRows query rows; the other way round where `turned`.
+template <int kRows>
+struct Coefficients {
+  float4 two[kRows / 2];
+
+  __device__ void load(const float2* record) {
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) two[i] = reinterpret_cast<const float4*>(record)[i];
+  }
+  __device__ float2 of(int row, bool turned) const {
+    const float ds = row % 2 == 0 ? two[row / 2].x : two[row / 2].z, p = row % 2 == 0 ? two[row / 2].y : two[row / 2].w;
+    return turned ? make_float2(p, ds) : make_float2(ds, p);
+  }
+};
+
+// sum += 16 bytes of a row times its coefficient
+__device__ __forceinline__ void add_piece(float (&sum)[8], uint4 piece, float by) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum[2 * i] += __uint_as_float(words[i] << 16) * by;
+    sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u) * by;
+  }
+}
+__device__ __forceinline__ void add_piece(float (&sum)[4], uint4 piece, float by) {
+  sum[0] += __uint_as_float(piece.x) * by, sum[1] += __uint_as_float(piece.y) * by;
+  sum[2] += __uint_as_float(piece.z) * by, sum[3] += __uint_as_float(piece.w) * by;
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_piece(T* to, const float (&sum)[kCount]) {
+  if constexpr (sizeof(T) == 2)
+    *reinterpret_cast<uint4*>(to) = make_uint4(Half<T>::pack(sum[0], sum[1]), Half<T>::pack(sum[2], sum[3]),
+                                               Half<T>::pack(sum[4], sum[5]), Half<T>::pack(sum[6], sum[7]));
+  else
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) store_four(to + i, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
+}
+
+// kRows: at least row_slots. grid (any, heads_kv * slices)
+template <typename T, int kRows, int kBlock>
+__global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  constexpr int kColumns = 16 / int(sizeof(T));  // of a lane
+  const Problem& p = c.p;
+  uint4* const pieces = reinterpret_cast<uint4*>(bytes);  // (samples, row_slots, q and dout, kPieceLanes)
+  const int slices = (p.head_dim * int(sizeof(T)) + kSliceBytes - 1) / kSliceBytes;
+  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kSliceBytes / int(sizeof(T)));
+  for (int i = threadIdx.x; i < p.samples * c.row_slots * 2 * kPieceLanes; i += kBlock) {
+    const int row = i / (2 * kPieceLanes) % c.row_slots, column = first_column + i % kPieceLanes * kColumns;
+    const QueryRows rows(p, i / (2 * kPieceLanes) / c.row_slots, head_kv);
+    const T* const from = static_cast<const T*>(i / kPieceLanes % 2 == 0 ? p.q : c.g.dout);
+    uint4 piece = make_uint4(0, 0, 0, 0);
+    if (row < rows.count && column < p.head_dim)
+      piece = *reinterpret_cast<const uint4*>(from + rows.index(p, row) * p.head_dim + column);
+    pieces[i] = piece;
+  }
+  __syncthreads();
+
+  const int lane = threadIdx.x % 32, part = lane % kPieceLanes, group = lane / kPieceLanes;
+  // Neighbouring groups read q and dout in opposite order: else both would want the same half of the banks.
+  const bool turned = group % 2;
+  const int column = first_column + part * kColumns, at_column = head_kv * p.head_dim + column;
+  const bool inside = column < p.head_dim;
+  const int places = int(c.g.offsets[c.g.table]);
+  T* const to = static_cast<T*>(c.sums.to) + at_column;
+  const auto key_at = [&](int place) { return place >= 0 && place < places ? int(c.g.order[place]) : -1; };
+  const auto record = [&](int key) {
+    return c.records.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
+  };
+  // The gradient's row and the sample of a key; row -1 where there is none.
+  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : c.records.names[key]; };
+
+  const int warps = gridDim.x * (kBlock / 32);
+  for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
+    const int first = tile * kSumPlaces + group * kRun;
+    float sum[kColumns] = {}, before[kColumns] = {};  // before: of a row that began before the run
+    bool began_before = false, spans = false, opens = false;
+    int row_before = names_of(key_at(first - 1)).x;
+    int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
+    int2 names = names_of(key), names_next{};
+    Coefficients<kRows> by, by_next;
+    by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)));
+    int row = __shfl_sync(~0u, names.x, 0, kPieceLanes);
+    bool begun = row == row_before;
+#pragma unroll 1
+    for (int at = first; at < first + kRun; at += kPieceLanes) {
+      int key_later = -1;
+#pragma unroll
+      for (int s = 0; s < kPieceLanes; ++s) {
+        // Keys are looked up two rounds ahead, their names one, their coefficients a step: nothing waits for the one before.
+        if (s == 0) names_next = names_of(key_next), key_later = key_at(at + 2 * kPieceLanes + part);
+        const bool last = s + 1 == kPieceLanes;
+        by_next.load(record(max(__shfl_sync(~0u, last ? key_next : key, (s + 1) % kPieceLanes, kPieceLanes), 0)));
+        const int sample = __shfl_sync(~0u, names.y, s, kPieceLanes);
+        const int row_next = __shfl_sync(~0u, last ? names_next.x : names.x, (s + 1) % kPieceLanes, kPieceLanes);
+        if (row >= 0) {
+          const uint4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r)
+            if (r < c.row_slots) {
+              const float2 coefficients = by.of(r, turned);
+              add_piece(sum, from[(2 * r + turned) * kPieceLanes], coefficients.x);
+              add_piece(sum, from[(2 * r + !turned) * kPieceLanes], coefficients.y);
+            }
+          const bool ends = row != row_next, cut = at + s + 1 == first + kRun && !ends;
+          if (ends || cut) {
+            opens = cut && !begun;
+            if (begun) {
+              began_before = true, spans = cut, row_before = row;
+#pragma unroll
+              for (int i = 0; i < kColumns; ++i) before[i] = sum[i];
+            } else if (ends && inside) {
+              store_piece(to + int64_t(row) * c.sums.width, sum);
+            }
+            begun = false;
+            if (!opens)
+#pragma unroll
+              for (int i = 0; i < kColumns; ++i) sum[i] = 0.f;
+          }
+        }
+        by = by_next, row = row_next;
+      }
+      key = key_next, key_next = key_later, names = names_next;
+    }
+
+    // Rows that lie in several runs, added up run by run; those that leave the warp's places go to `pieces` of Sums.
+    const uint32_t with_before = __ballot_sync(~0u, began_before), with_open = __ballot_sync(~0u, opens);
+    if ((with_before | with_open) == 0) continue;
+    const uint32_t with_span = __ballot_sync(~0u, spans);
+    bool under_way = false, began_here = false;
+    float total[kColumns] = {};
+    for (int g = 0; g < kMembers; ++g) {
+      const int from = g * kPieceLanes + part;
+      const uint32_t bit = 1u << (g * kPieceLanes);
+      if (with_before & bit) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) total[i] += __shfl_sync(~0u, before[i], from);
+        const int row = __shfl_sync(~0u, row_before, from);
+        under_way = with_span & bit;
+        if (!under_way) {
+          if (group == 0 && inside) {
+            if (began_here)
+              store_piece(to + int64_t(row) * c.sums.width, total);
+            else
+              store_piece(c.sums.piece(tile, 0) + at_column, total);
+          }
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) total[i] = 0.f;
+        }
+      }
+      if (with_open & bit) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) total[i] = __shfl_sync(~0u, sum[i], from);
+        under_way = began_here = true;
+      }
+    }
+    if (under_way && group == 0 && inside) store_piece(c.sums.piece(tile, began_here ? 1 : 0) + at_column, total);
+  }
+}
+
+}  // namespace target_attention

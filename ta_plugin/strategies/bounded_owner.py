@@ -1,0 +1,114 @@
+"""Strategy owner on several ranks with bounded sizes: every split is fixed, so that nothing of a step visits the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ta_plugin.attention.layers import PackedTargets
+from ta_plugin.attention.sides import RowWeights
+from ta_plugin.bounded_space import BoundedSpace
+from ta_plugin.bounds import Bounds
+from ta_plugin.embedding import embed_owned, owners_of
+from ta_plugin.ops import expand
+from ta_plugin.ops.buckets import COMPACT
+from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
+from ta_plugin.parallel.collectives import Arrived, Moving
+from ta_plugin.routing import BoundedRoute
+from ta_plugin.strategies.partial import Keys, attend_targets
+from ta_plugin.strategies.request import AttentionModules, Request
+
+_NO_ID = torch.iinfo(torch.int64).max
+
+
+def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
+    """What `owner` computes: packed (Q, H, Dv). Collective, forward and backward.
+
+    Sent per rank: (N - 1) times what fills a bucket: its places, ids of targets and their rows, and as in `owner` queries and partial
+    results. Whether everything fitted is told to every rank beside the partial results.
+    """
+    bounds, group, space = modules.bounds, modules.group, request.space
+    assert bounds is not None and request.targets is not None
+    asked = None
+    if request.target_ids is not None:  # every owner sees all of them: they are few
+        ids = request.targets.pack(request.target_ids)
+        asked = start_all_gather_rows(ids, request.query_counts, group, "targets.ids")
+    route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, group.size, bounds.route)
+    bounds.sent(route.most)
+    moving = Buckets([route.sizes, route.fill(space.tokens), route.fill(_weights(request, modules))], group, "keys")
+    # targets are looked up while the keys travel, and travel while the keys are brought together
+    answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
+    sizes, tokens, weights = moving.arrive()
+    received = _bounds_of(sizes)
+    keys_space = BoundedSpace.of_rows(COMPACT(tokens, received), received)
+    keys = Keys.owned(keys_space, modules)
+    q = modules.projections.queries(_target_rows(request, modules, answer))
+    queries = start_all_gather_rows(q, request.query_counts, group, "queries")
+    keys = keys.weighted(RowWeights(_as_weights(COMPACT(weights, received), modules, q.dtype), None))
+    everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
+    out, lse = attend_targets(modules, queries.arrive(), everybody, keys, None)
+    return _return_partials(out, lse, modules, bounds)
+
+
+def _bounds_of(sizes: Tensor) -> Tensor:
+    """(N * B + 1,) int32: bounds of the samples (rank, b) whose sizes (N, B) are given."""
+    bounds = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device=sizes.device)
+    torch.cumsum(sizes.reshape(-1), 0, out=bounds[1:])
+    return bounds
+
+
+def _owners(ids: Tensor, modules: AttentionModules) -> Tensor:
+    """The rank that owns each of ids (n,); some rank for wrong ones, which it reports."""
+    assert modules.bounds is not None
+    return owners_of(modules.embedding_fn, modules.group.size).owner_of(modules.bounds.within(ids))
+
+
+def _weights(request: Request, modules: AttentionModules) -> Tensor:
+    """Folded sides (U,) or (U, H), or where there are none how often each row occurs, (U,) int32."""
+    if not request.sides.tensors():
+        return request.space.counts.int()
+    weight = RowWeights.fold(request.space, request.sides, modules.scoring.normaliser, torch.float32).weight
+    assert weight is not None
+    return weight
+
+
+def _as_weights(received: Tensor, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
+    if received.is_floating_point():
+        return received
+    counts = received.to(torch.promote_types(dtype, torch.float32))
+    return counts.log_() if modules.scoring.normaliser == "softmax" else counts
+
+
+def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Moving | Arrived:
+    """Rows of the ids (N * Q,) that all ranks ask for, on their way back: from each owner (Q, E), right for those it owns."""
+    group = modules.group
+    mine = _owners(ids, modules) == group.rank
+    if ids.numel():  # in place of the others' ids the least of its own, which they give no gradient
+        least = torch.where(mine, ids, _NO_ID).amin()
+        ids = torch.where(mine, ids, torch.where(least < _NO_ID, least, bounds.filler))
+    distinct = bounds.distinct(ids)
+    rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
+    even = [ids.numel() // group.size] * group.size
+    return start_all_to_all_rows(rows, even, even, group, "targets.rows")
+
+
+def _target_rows(request: Request, modules: AttentionModules, answer: Moving | Arrived | None) -> Tensor:
+    """Embeddings (Q, E) of the packed targets."""
+    assert request.targets is not None
+    if answer is None:
+        assert request.queries is not None
+        return request.targets.pack(request.queries)
+    assert request.target_ids is not None
+    ids = request.targets.pack(request.target_ids)
+    place = torch.arange(ids.numel(), device=ids.device)
+    return answer.arrive().index_select(0, _owners(ids, modules) * ids.numel() + place)
+
+
+def _return_partials(out: Tensor, lse: Tensor | None, modules: AttentionModules, bounds: Bounds) -> Tensor:
+    """Each owner's partial results back to the readers of the queries, merged there, and its word on whether all of it fitted."""
+    ranks = modules.group.size
+    parts = [x.view(ranks, -1, *x.shape[1:]) for x in ([out] if lse is None else [out, lse])]
+    parts.append(bounds.settle().expand(ranks, 1))
+    outs, *lses, settled = Buckets(parts, modules.group, "partials").arrive()
+    bounds.hear(settled)
+    return modules.scoring.combine(outs, lses[0] if lses else None)[0]

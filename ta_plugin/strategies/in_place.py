@@ -1,0 +1,92 @@
+"""Embeddings that their owner reads where they lie, and whose gradients it records for distinct rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ta_plugin.embedding import embed_owned
+from ta_plugin.ops import Segments, segment_sum
+from ta_plugin.ops.target import RowsInPlace
+from ta_plugin.unique_space import UniqueSpace
+
+if TYPE_CHECKING:
+    from ta_plugin.strategies.request import AttentionModules
+
+Record = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class OwnedTable:
+    """Embeddings of the distinct ids of a space's tokens, at their owner: looked up once each, or read where they lie.
+
+    Forward needs the distinct ids only to look them up, backward to add gradients up, so finding them runs beside what follows.
+    """
+
+    distinct: UniqueSpace
+    space: UniqueSpace
+    modules: AttentionModules
+
+    @classmethod
+    def of(cls, space: UniqueSpace, modules: AttentionModules) -> OwnedTable:
+        with modules.beside.work("keys"):
+            distinct = modules.distinct(space.tokens, space.end)
+        return cls(distinct, space, modules)
+
+    @cached_property
+    def looked_up(self) -> Tensor:
+        self.modules.beside.join()
+        return embed_owned(self.distinct.tokens, self.modules.embedding_fn)
+
+    @cached_property
+    def in_place(self) -> tuple[Tensor, RowsInPlace] | None:
+        """The whole table (R, E) and the rows of it that the space's rows name; None where the embedding does not offer it."""
+        fn: Any = self.modules.embedding_fn
+        if not hasattr(fn, "in_place"):
+            return None
+        table, rows = fn.in_place(self.space.tokens)
+        if not table.is_contiguous():
+            return None
+        return table, RowsInPlace(rows, self.distinct.segments, _record(self.distinct, self.modules, "keys"))
+
+
+def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
+    """Embeddings (n, E) of ids (n,) that this rank owns; None where the embedding does not let them be read in place."""
+    fn: Any = modules.embedding_fn
+    if not hasattr(fn, "in_place"):
+        return None
+    with modules.beside.work("targets"):
+        distinct = modules.distinct(ids)
+    table, rows = fn.in_place(ids)
+    record = _record(distinct, modules, "targets")
+    if record is None:
+        return table.index_select(0, rows)
+    anchor = torch.empty(0, device=table.device, requires_grad=True)
+    return _Read.apply(anchor, table, rows, distinct.segments, record)
+
+
+def _record(distinct: UniqueSpace, modules: AttentionModules, name: str) -> Record | None:
+    """What takes the gradients of distinct ids; None where nobody wants them."""
+    fn: Any = modules.embedding_fn
+    if not torch.is_grad_enabled() or not getattr(fn, "trainable", True):
+        return None
+    with modules.beside.work(name):
+        rows = fn.in_place(distinct.tokens)[1]
+    return lambda grad: fn.record(rows, grad.flatten(1))
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, table: Tensor, rows: Tensor, segments: Segments, record: Record) -> Tensor:
+        ctx.segments, ctx.record = segments, record
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        ctx.record(segment_sum(grad, ctx.segments))
+        return grad.new_empty(0), None, None, None, None
