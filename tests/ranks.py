@@ -6,7 +6,6 @@ Ranks are processes in a gloo group on the CPU or, with TA_TEST_DEVICES=cuda, in
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import gc
 import os
 import time
@@ -149,14 +148,12 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             fn, args = pipe.recv()
         except EOFError:
             return
-        faulthandler.dump_traceback_later(TIMEOUT_S // 2)  # who hangs says where
         try:
             with landing:
                 result = fn(*args)
             outcome = (True, (_on_cpu(result), len(dist.distributed_c10d._world.pg_map)))
         except BaseException:
             outcome = (False, traceback.format_exc())
-        faulthandler.cancel_dump_traceback_later()
         pipe.send(outcome)
 
 
