@@ -46,12 +46,8 @@ class BoundedSpace(UniqueSpace):
         if not 1 <= rows <= INT32_MAX:
             raise ValueError(f"rows is {rows}; pass how many distinct rows there may be, 1 to {INT32_MAX}")
         distinct, cu_seqlens, counts, cu_occurrences, *segments, slots, found = UNIQUE(tokens, extents, rows)
-        fits = found[1] <= rows
-        inverse, order, offsets = segments
-        tokens = torch.where(torch.arange(rows, device=tokens.device) < found[1], distinct, distinct[:1])
-        # `order` and `cu_occurrences` need no mending: nothing reads past the offsets
-        mended = Segments(inverse * fits, order, offsets * fits)
-        return cls(tokens, cu_seqlens * fits, counts * fits, cu_occurrences, mended, found=found), slots
+        # rows that do not fit are 0 in all but `order` and `cu_occurrences`, which nothing reads past the offsets
+        return cls(distinct, cu_seqlens, counts, cu_occurrences, Segments(*segments), found=found), slots
 
     def check(self) -> None:
         """Raise the ValueError that could not be raised when the space was built. Reads the device."""

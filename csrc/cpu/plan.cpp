@@ -49,7 +49,7 @@ int64_t number_rows(const int64_t* token, int64_t count, int64_t* row, int64_t* 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // tokens (B, L) with lengths (B,), or packed tokens (M,) with bounds (B + 1,), which may end before M where `rows` are given. Row
-// outputs have room for `rows` (or any number).
+// outputs have room for `rows` (or any number); ta_plugin/ops/planning.py says what lies past the rows there are.
 Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
   const bool padded = tokens_.dim() == 2, fill = capacity >= 0;
   const Tensor tokens = int64s(tokens_, "tokens", padded ? 2 : 1), extents = int64s(extents_, "extents", 1);
@@ -116,11 +116,13 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
   });
   if (rows <= capacity) offset[rows] = members;
   if (fill) {
-    std::fill(row + members, row + slots, 0), std::fill(by_row + members, by_row + slots, 0);
+    const bool fits = rows <= capacity;
+    const int64_t from = fits ? rows : 0, occurrences = fits ? members : 0;
+    std::fill(row + occurrences, row + slots, 0), std::fill(by_row + members, by_row + slots, 0);
     if (padded) std::fill(slot + members, slot + slots, 0);
-    const int64_t from = std::min(rows, capacity);
-    std::fill(ids + from, ids + capacity, 0), std::fill(count + from, count + capacity, 0);
-    std::fill(offset + from, offset + capacity + 1, members);
+    if (fits) std::fill(ids + rows, ids + capacity, rows > 0 ? ids[0] : 0);
+    std::fill(count + from, count + capacity, 0), std::fill(offset + from, offset + capacity + 1, occurrences);
+    if (!fits) std::fill(cu, cu + samples + 1, 0);
   }
   int64_t* size = sizes.mutable_data_ptr<int64_t>();
   size[0] = members, size[1] = rows, size[2] = lowest, size[3] = highest, size[4] = fine;

@@ -21,7 +21,8 @@ struct Occurrences {
 enum Size { kOccurrences, kRows, kLowest, kHighest, kWellFormed, kSizes };
 
 // Rows are the distinct tokens of each sample by first occurrence; M occurrences and U rows are known on the device only.
-// Row outputs have room for `capacity`; where U is larger, rows past it are not written.
+// Row outputs have room for `capacity`; where U is larger, rows past it are not written. With `fill`, what lies past M and U is filled: distinct
+// with the first token, offsets with M, all else with 0; and where U is larger, cu_seqlens, counts, inverse and offsets are 0.
 struct Unique {
   int64_t* distinct;        // (capacity)
   int32_t* cu_seqlens;      // (samples + 1)
@@ -33,7 +34,7 @@ struct Unique {
   int64_t* slots;           // (slots) of the occurrences in the padded grid; null for packed input
   int64_t* sizes;           // (kSizes) M, U, the lowest and highest length, and whether the extents make sense (else M = U = 0)
   int64_t capacity;
-  bool fill;  // what lies past M and U: 0, and M for offsets
+  bool fill;
 };
 
 // Whether samples fit into a thread block's shared memory (padded, up to 16384 long) on the current device.

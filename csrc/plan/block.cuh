@@ -36,7 +36,6 @@ struct BlockMemory {
   __device__ uint16_t* placed() const { return at<uint16_t>(2 * kL); }  // (L) positions by row
   __device__ uint32_t* table() const { return at<uint32_t>(4 * kL); }   // (kBuckets)
   __device__ uint16_t* row_of() const { return at<uint16_t>(4 * kL); }  // (L)
-  __device__ uint16_t* sorted() const { return at<uint16_t>(4 * kL); }  // (L) positions by row, ascending within one
   __device__ uint2* firsts() const { return at<uint2>(6 * kL); }        // (L / 32) bits of first occurrences; how many before
   __device__ uint32_t* heads() const { return at<uint32_t>(6 * kL + kL / 4); }  // (L / 32 + 1) bits: where rows start
   __device__ uint32_t* long_rows() const { return at<uint32_t>(6 * kL + kL / 2); }  // (L / 32) start, and length << 16
@@ -103,13 +102,13 @@ __device__ __forceinline__ uint32_t count_up(uint32_t* counters, uint32_t i, boo
 // By a warp: positions of a row, in any order, to ascending order. Bit i % 32 of word i / 32 is position i; a lane holds W words side by
 // side, which lie 32 words apart.
 template <class Shape>
-__device__ __forceinline__ void sort_long(const uint16_t* from, int length, uint32_t* bitmap, uint16_t* to) {
+__device__ __forceinline__ void sort_long(uint16_t* row, int length, uint32_t* bitmap) {
   constexpr int kEach = Shape::kWords / 32;
   for (int w = 0; w < kEach; ++w) bitmap[w * 32 + lane()] = 0;
   __syncwarp();
 #pragma unroll 2
   for (int i = lane(); i < length; i += 32) {
-    const int position = from[i];
+    const int position = row[i];
     atomicOr(bitmap + position / 32 % kEach * 32 + position / (32 * kEach), 1u << position % 32);
   }
   __syncwarp();
@@ -119,7 +118,7 @@ __device__ __forceinline__ void sort_long(const uint16_t* from, int length, uint
 #pragma unroll 1
   for (int w = 0; w < kEach; ++w)
     for (unsigned bits = bitmap[w * 32 + lane()]; bits != 0; bits &= bits - 1)
-      to[at++] = uint16_t((lane() * kEach + w) * 32 + __ffs(bits) - 1);
+      row[at++] = uint16_t((lane() * kEach + w) * 32 + __ffs(bits) - 1);
   __syncwarp();
 }
 
@@ -312,11 +311,13 @@ __global__ void __launch_bounds__(Shape::kBlock, Shape::kResident)
   __syncthreads();
 
   // 4. In order.
-  uint16_t* sorted = shared.sorted();
+  int64_t* order = out.order + occurrence;
   if (warp < Shape::kBitmaps)
     for (int n = warp; n < long_rows; n += Shape::kBitmaps) {
-      const uint32_t row = shared.long_rows()[n];
-      sort_long<Shape>(placed + (row & 0xffff), row >> 16, shared.bitmaps() + warp * Shape::kWords, sorted + (row & 0xffff));
+      const int start = shared.long_rows()[n] & 0xffff, length = shared.long_rows()[n] >> 16;
+      sort_long<Shape>(placed + start, length, shared.bitmaps() + warp * Shape::kWords);
+#pragma unroll 2
+      for (int k = start + lane(); k < start + length; k += 32) order[k] = occurrence + placed[k];
     }
   for (int i = thread; i < count; i += kBlock) {
     const int word = i / 32;  // a row of up to 32 starts in this word or the one before, and ends in this or the next
@@ -328,12 +329,10 @@ __global__ void __launch_bounds__(Shape::kBlock, Shape::kResident)
     const int end = (high != 0 ? word : word + 1) * 32 + __ffs(upper) - 1;
     if (end - start > 32) continue;
     const uint32_t position = placed[i];
-    int smaller = 0;
-    for (int k = start; k < end; ++k) smaller += placed[k] < position;
-    sorted[start + smaller] = uint16_t(position);
+    int place = start;
+    for (int k = start; k < end; ++k) place += placed[k] < position;
+    order[place] = occurrence + position;
   }
-  __syncthreads();
-  for (int i = thread; i < count; i += kBlock) out.order[occurrence + i] = occurrence + sorted[i];
 }
 
 }  // namespace plan

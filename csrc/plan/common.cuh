@@ -1,8 +1,8 @@
 // What both ways to find distinct tokens share: block scans, extents, and the tails of the outputs.
 #pragma once
 
-#include "../early.cuh"
 #include "api.h"
+#include "early.cuh"
 
 namespace plan {
 
@@ -93,19 +93,24 @@ static __global__ void __launch_bounds__(kExtentThreads) extents_kernel(const Oc
   if (x.samples == 0) out.cu_seqlens[0] = 0, out.offsets[0] = 0;
 }
 
+// What lies past M and U, and the outputs of a batch whose rows do not fit; see Unique.
 static __global__ void __launch_bounds__(kThreads) tails_kernel(const Occurrences x, const Unique out) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t members = out.sizes[kOccurrences], rows = out.sizes[kRows];
+  const bool fits = rows <= out.capacity;
+  if ((i >= members || !fits) && i < x.slots) out.inverse[i] = 0;
   if (i >= members && i < x.slots) {
-    out.inverse[i] = out.order[i] = 0;
+    out.order[i] = 0;
     if (out.slots) out.slots[i] = 0;
   }
-  if (i >= rows && i < out.capacity) out.distinct[i] = out.counts[i] = 0;
-  if (i >= rows && i <= out.capacity) out.offsets[i] = members;
+  if (i >= rows && i < out.capacity) out.distinct[i] = rows > 0 ? out.distinct[0] : 0;
+  if ((i >= rows || !fits) && i < out.capacity) out.counts[i] = 0;
+  if ((i >= rows || !fits) && i <= out.capacity) out.offsets[i] = fits ? members : 0;
+  if (!fits && i <= x.samples) out.cu_seqlens[i] = 0;
 }
 
 inline cudaError_t fill_tails(const Occurrences& x, const Unique& out, cudaStream_t stream) {
-  const int64_t n = (x.slots > out.capacity ? x.slots : out.capacity) + 1;
+  const int64_t n = (x.slots > out.capacity ? x.slots : out.capacity) + 1 + x.samples;
   if (out.fill) tails_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(x, out);
   return cudaGetLastError();
 }

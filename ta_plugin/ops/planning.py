@@ -71,7 +71,9 @@ def unique_rows(tokens: Tensor, extents: Tensor) -> UniqueRows:
 def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ...]:
     """As the compiled operator: the same sizes, and nothing visits the host.
 
-    With a number of `rows`, packed tokens may end before their slots do: bounds[-1] <= M.
+    With a number of `rows`, packed tokens may end before their slots do: bounds[-1] <= M. What lies past the rows and occurrences there are
+    is filled: distinct with the first token, offsets with M, all else with 0. Where there are more distinct tokens than `rows`, cu_seqlens,
+    counts, inverse and offsets are 0.
     """
     padded, slots, device = tokens.dim() == 2, tokens.numel(), tokens.device
     lengths = extents if padded else extents.diff()
@@ -111,8 +113,13 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
     found, num_rows = _number(tokens.reshape(-1), order, starts, occurrence, slots if rows < 0 else rows)
     distinct, counts, inverse, by_row, offsets, rows_before = found
     grid = _placed(slots, occurrence, place) if padded else tokens.new_empty(0)
+    cu_seqlens = rows_before[sample_ends]
+    if rows >= 0:
+        fits = num_rows <= rows
+        distinct = torch.where(torch.arange(rows, device=device) < num_rows, distinct, distinct[:1])
+        cu_seqlens, counts, inverse, offsets = (x * fits for x in (cu_seqlens, counts, inverse, offsets))
     sizes = torch.stack([bounds[-1], num_rows, lowest, highest, well_formed.long()])
-    return distinct, rows_before[sample_ends].int(), counts, bounds, inverse, by_row, offsets, grid, sizes
+    return distinct, cu_seqlens.int(), counts, bounds, inverse, by_row, offsets, grid, sizes
 
 
 def _number(

@@ -15,6 +15,7 @@ from ta_plugin.ops.buckets import COMPACT
 from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
 from ta_plugin.parallel.collectives import Arrived, Moving
 from ta_plugin.routing import BoundedRoute
+from ta_plugin.strategies.in_place import read_rows
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
 
@@ -40,13 +41,13 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
     sizes, tokens, weights = moving.arrive()
     received = _bounds_of(sizes)
-    keys_space = BoundedSpace.of_rows(COMPACT(tokens, received), received)
-    keys = Keys.owned(keys_space, modules)
+    keys = Keys.owned(BoundedSpace.of_rows(COMPACT(tokens, received), received), modules)
     q = modules.projections.queries(_target_rows(request, modules, answer))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")
-    keys = keys.weighted(RowWeights(_as_weights(COMPACT(weights, received), modules, q.dtype), None))
+    weight = _as_weights(COMPACT(weights, received), modules, q.dtype)
+
     everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
-    out, lse = attend_targets(modules, queries.arrive(), everybody, keys, None)
+    out, lse = attend_targets(modules, queries.arrive(), everybody, keys.weighted(RowWeights(weight, None)), None)
     return _return_partials(out, lse, modules, bounds)
 
 
@@ -86,8 +87,10 @@ def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Mov
     if ids.numel():  # in place of the others' ids the least of its own, which they give no gradient
         least = torch.where(mine, ids, _NO_ID).amin()
         ids = torch.where(mine, ids, torch.where(least < _NO_ID, least, bounds.filler))
-    distinct = bounds.distinct(ids)
-    rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
+    rows = read_rows(ids, modules)
+    if rows is None:
+        distinct = bounds.distinct(ids)
+        rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
     even = [ids.numel() // group.size] * group.size
     return start_all_to_all_rows(rows, even, even, group, "targets.rows")
 

@@ -35,6 +35,10 @@ def plans(device: str) -> None:
         assert int(sizes.sum()) == order.numel()
     distinct = torch.arange(2000, device=device).view(1, 2000)
     assert int(op.unique(distinct, torch.tensor([2000], device=device), 2000)[-1][1]) == 2000
+    one_fingerprint = torch.arange(7000, device=device) * (
+        (1 << 32) + 0x9E3779B1
+    )  # more than a part holds in shared memory
+    assert int(op.unique(one_fingerprint, torch.tensor([0, 7000], device=device), 7)[-1][1]) == 7000
     assert op.owners(distinct.view(-1), 5, 0, 0).max() < 5
 
 

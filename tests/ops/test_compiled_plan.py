@@ -75,7 +75,7 @@ def test_compiled_equals_plain_torch(
 
 
 # at and beside the edges of what a block of each size holds, and beyond all of them
-@pytest.mark.parametrize("length", [0, 1, 31, 33, 1000, 1024, 1025, 4096, 4097, 16384, 16390])
+@pytest.mark.parametrize("length", [0, 1, 31, 33, 1000, 1024, 1025, 4096, 4097, 16384, 16390, 100_000])
 def test_lengths_around_a_block(device: str, compiled: Ops, plain: Ops, length: int) -> None:
     for name, (tokens, lengths) in kinds(length).items():
         expected = plain("unique")(tokens, lengths, -1)
@@ -111,6 +111,9 @@ def test_ids_whose_hashes_collide(
     tokens = ids_of(length // 2)[torch.randint(0, length // 2, (2, length), generator=g)]
     lengths = torch.tensor([length, length - 1])
     same(compiled("unique")(tokens.to(device), lengths.to(device), -1), plain("unique")(tokens, lengths, -1))
+    flat = tokens.view(-1)
+    for bounds in (torch.tensor([0, 2 * length]), torch.tensor([0, length, 2 * length])):
+        same(compiled("unique")(flat.to(device), bounds.to(device), -1), plain("unique")(flat, bounds, -1))
 
 
 def test_many_samples_repeat_to_the_bit(device: str, compiled: Ops, plain: Ops) -> None:
@@ -132,7 +135,7 @@ def test_a_number_of_rows_bounds_the_outputs(device: str, compiled: Ops, packed:
         tokens, extents = torch.tensor([5, 5, 9, 9, 1], device=device), torch.tensor([0, 3, 5], device=device)
     found = dict(zip(NAMES, compiled("unique")(tokens, extents, 6), strict=True))
     assert found["sizes"].tolist() == [5, 4, 2, 3, 1]
-    assert found["distinct"].tolist() == [5, 9, 9, 1, 0, 0]
+    assert found["distinct"].tolist() == [5, 9, 9, 1, 5, 5]  # spare rows have the first row's token
     assert found["counts"].tolist() == [2, 1, 1, 1, 0, 0]
     assert found["offsets"].tolist() == [0, 2, 3, 4, 5, 5, 5]  # rows past the last are empty segments
     spare = [0] * (tokens.numel() - 5)
@@ -141,9 +144,25 @@ def test_a_number_of_rows_bounds_the_outputs(device: str, compiled: Ops, packed:
         part = dict(zip(NAMES, compiled("unique")(tokens, torch.tensor([0, 2, 3], device=device), 6), strict=True))
         assert part["sizes"].tolist() == [3, 2, 1, 2, 1]
         assert part["order"].tolist() == [0, 1, 2, 0, 0] and part["offsets"].tolist() == [0, 2, 3, 3, 3, 3, 3]
-    small = dict(zip(NAMES, compiled("unique")(tokens, extents, 3), strict=True))
-    assert small["sizes"][1] == 4  # says that they did not fit
-    assert small["distinct"].tolist() == [5, 9, 9] and small["counts"].tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [5, 5000, 17_000])
+def test_rows_that_do_not_fit_are_none(device: str, compiled: Ops, plain: Ops, length: int, packed: bool) -> None:
+    tokens, extents = zipf(3, length, 9 * length), torch.tensor([length, 0, length - 1])
+    if packed:
+        tokens, extents = tokens.reshape(-1), torch.tensor([0, length, length, 2 * length])
+    rows = int(plain("unique")(tokens, extents, 4 * length)[-1][1])
+    for room in (1, rows - 1, rows, rows + 1, 4 * length):
+        found = compiled("unique")(tokens.to(device), extents.to(device), room)
+        by_name = dict(zip(NAMES, (x.cpu() for x in found), strict=True))
+        for name, want in zip(NAMES, plain("unique")(tokens, extents, room), strict=True):
+            assert torch.equal(by_name[name], want), (name, room)
+        assert by_name["sizes"][1] == rows  # says whether they fit
+        for name in ("cu_seqlens", "counts", "inverse", "offsets"):
+            assert bool(by_name[name].any()) == (rows <= room)
+        first = tokens.reshape(-1)[0]
+        assert bool((by_name["distinct"][rows:] == first).all()) and by_name["distinct"][0] == first
 
 
 @pytest.mark.parametrize(
