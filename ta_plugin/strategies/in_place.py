@@ -34,7 +34,7 @@ class OwnedTable:
 
     @classmethod
     def of(cls, space: UniqueSpace, modules: AttentionModules) -> OwnedTable:
-        with modules.beside.work("keys"):
+        with modules.beside.work("keys", space.tokens, space.cu_seqlens):
             distinct = modules.distinct(space.tokens, space.end)
         return cls(distinct, space, modules)
 
@@ -60,7 +60,7 @@ def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
     fn: Any = modules.embedding_fn
     if not hasattr(fn, "in_place"):
         return None
-    with modules.beside.work("targets"):
+    with modules.beside.work("targets", ids):
         distinct = modules.distinct(ids)
     table, rows = fn.in_place(ids)
     record = _record(distinct, modules, "targets")
@@ -75,7 +75,7 @@ def _record(distinct: UniqueSpace, modules: AttentionModules, name: str) -> Reco
     fn: Any = modules.embedding_fn
     if not torch.is_grad_enabled() or not getattr(fn, "trainable", True):
         return None
-    with modules.beside.work(name):
+    with modules.beside.work(name, distinct.tokens):
         rows = fn.in_place(distinct.tokens)[1]
     return lambda grad: fn.record(rows, grad.flatten(1))
 
