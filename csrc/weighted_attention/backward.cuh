@@ -47,7 +47,6 @@ struct BackwardShape {
   static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
-  static constexpr int kHeldV = 2;  // steps of 16 columns of V that stay in registers
   static constexpr int kStages = 2;
   static constexpr int kThreads = 3 * kWarpgroup;
 
@@ -182,12 +181,6 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     named_sync(kConsumersBarrier, kConsumerThreads);
   }
 
-  uint32_t held_v[Shape::kHeldV][4];
-#pragma unroll
-  for (int i = 0; i < Shape::kHeldV; ++i) {
-    load_fragment<kKeys>(held_v[i], shared_address(shared.v) + consumer * 64 * kPanelBytes, i, thread);
-  }
-
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.f;
@@ -273,42 +266,34 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       zero_foreign_queries<Shape>(dout, run.queries - row);
       pin(dp);
       wgmma_fence();
-      multiply_rows_held<T, kQueries, kHeadDim, kKeys, kQueries>(dp, held_v, v, dout);
+      multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(dp, v, dout, false);
       wgmma_commit();
       wgmma_wait<1>();
       pin(scores);
       if constexpr (Shape::kCausal) {
         if (same_in_warp(row < tile.row + consumer * 64 + 63)) mask_before<kQueries>(scores, key - row, key - row + 8);
       }
-      const auto weigh = [&](float* four, float lse, float next_lse) {
-        four[0] = exp2_approx(fmaf(four[0], factor, weight[0] - lse));
-        four[1] = exp2_approx(fmaf(four[1], factor, weight[0] - next_lse));
-        four[2] = exp2_approx(fmaf(four[2], factor, weight[1] - lse));
-        four[3] = exp2_approx(fmaf(four[3], factor, weight[1] - next_lse));
-      };
 #pragma unroll
-      for (int i = 0; i < kQueries / 16; ++i) {
-        const float4 lse = lane_rows(shared.lse[at.stage], i);
-        weigh(&scores[8 * i], lse.x, lse.y);
-        weigh(&scores[8 * i + 4], lse.z, lse.w);
+      for (int j = 0; j < kQueries / 8; ++j) {
+        const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[at.stage][j * 8 + fragment_column()]);
+        scores[4 * j] = exp2_approx(fmaf(scores[4 * j], factor, weight[0] - lse.x));
+        scores[4 * j + 1] = exp2_approx(fmaf(scores[4 * j + 1], factor, weight[0] - lse.y));
+        scores[4 * j + 2] = exp2_approx(fmaf(scores[4 * j + 2], factor, weight[1] - lse.x));
+        scores[4 * j + 3] = exp2_approx(fmaf(scores[4 * j + 3], factor, weight[1] - lse.y));
       }
       wgmma_wait<0>();
       pin(dp);
-      const auto differentiate = [&](float* four, const float* weights, float delta, float next_delta) {
-        four[0] = weights[0] * (four[0] - delta);
-        four[1] = weights[1] * (four[1] - next_delta);
-        four[2] = weights[2] * (four[2] - delta);
-        four[3] = weights[3] * (four[3] - next_delta);
-        if constexpr (Shape::kWeightGradient) {
-          weight_gradient[0] += four[0] + four[1];
-          weight_gradient[1] += four[2] + four[3];
-        }
-      };
 #pragma unroll
-      for (int i = 0; i < kQueries / 16; ++i) {
-        const float4 delta = lane_rows(shared.delta[at.stage], i);
-        differentiate(&dp[8 * i], &scores[8 * i], delta.x, delta.y);
-        differentiate(&dp[8 * i + 4], &scores[8 * i + 4], delta.z, delta.w);
+      for (int j = 0; j < kQueries / 8; ++j) {
+        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[at.stage][j * 8 + fragment_column()]);
+        dp[4 * j] = scores[4 * j] * (dp[4 * j] - delta.x);
+        dp[4 * j + 1] = scores[4 * j + 1] * (dp[4 * j + 1] - delta.y);
+        dp[4 * j + 2] = scores[4 * j + 2] * (dp[4 * j + 2] - delta.x);
+        dp[4 * j + 3] = scores[4 * j + 3] * (dp[4 * j + 3] - delta.y);
+        if constexpr (Shape::kWeightGradient) {
+          weight_gradient[0] += dp[4 * j] + dp[4 * j + 1];
+          weight_gradient[1] += dp[4 * j + 2] + dp[4 * j + 3];
+        }
       }
       pack_fragments<T, kQueries>(packed, scores);
       pack_fragments<T, kQueries>(packed_ds, dp);

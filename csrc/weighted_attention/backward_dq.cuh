@@ -45,10 +45,9 @@ __device__ __forceinline__ void backward_dq_consume(typename Shape::Shared& shar
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   const float factor = p.scale * kLog2e;
   const int row = tile.row + consumer * 64 + fragment_row();  // within the chunk; the second row is 8 below
-  const int64_t place = p.rows.row(tile.owner, tile.head);
-  const int64_t slot[2] = {place + row_slot(row), place + row_slot(row + 8)};
-  const float lse[2] = {p.rows.lse[slot[0]], p.rows.lse[slot[1]]};
-  const float delta[2] = {p.rows.delta[slot[0]], p.rows.delta[slot[1]]};
+  const int64_t place = p.rows.row(tile.owner, tile.head) + row;
+  const float lse[2] = {p.rows.lse[place], p.rows.lse[place + 8]};
+  const float delta[2] = {p.rows.delta[place], p.rows.delta[place + 8]};
 
   float dq[kHeadDim / 2];
 #pragma unroll

@@ -1,7 +1,7 @@
 // What backward needs per query row, before and after the main kernel.
 //
 // Workspaces are laid out by tiles of kRowTile query rows, head by head, each chunk beginning a tile:
-// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r, its lse and delta at row_slot(r) there.
+// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r.
 #pragma once
 
 #include "plan.cuh"
@@ -22,17 +22,6 @@ struct RowWorkspace {
     return (int64_t(head) * max_tiles + plan.first[chunk]) * kRowTile;
   }
 };
-
-// Rows 2c, 2c + 1, 2c + 8 and 2c + 9 of every 16 stand together: a lane of a fragment reads them in one piece, which
-// halves what reading them asks of shared memory.
-__device__ __forceinline__ int row_slot(int row) {
-  return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
-}
-
-// A lane's four of rows 16 i .. 16 i + 15, in shared memory.
-__device__ __forceinline__ float4 lane_rows(const float* rows, int i) {
-  return reinterpret_cast<const float4*>(rows)[4 * i + threadIdx.x % 4];
-}
 
 struct PrepareParameters {
   RowWorkspace rows;
@@ -101,8 +90,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
       const float lse = exists ? p.lse[token * p.heads + head] : minus_infinity();
       const bool empty = lse == minus_infinity();
       if (!empty && p.dlse != nullptr) sum -= p.dlse[token * p.heads + head];
-      p.rows.lse[place + row_slot(r)] = empty ? plus_infinity() : lse * kLog2e;
-      p.rows.delta[place + row_slot(r)] = empty ? 0.f : sum;
+      p.rows.lse[place + r] = empty ? plus_infinity() : lse * kLog2e;
+      p.rows.delta[place + r] = empty ? 0.f : sum;
     }
   }
 }
