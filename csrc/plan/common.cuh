@@ -2,7 +2,7 @@
 #pragma once
 
 #include "api.h"
-#include "early.cuh"
+#include "../early.cuh"
 
 namespace plan {
 

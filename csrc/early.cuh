@@ -1,7 +1,7 @@
 // Kernels that start beside the end of the one before them in the stream.
 #pragma once
 
-#include "../host.h"
+#include "host.h"
 
 // Programmatic dependent launch (Hopper and later): a kernel launched with it starts once all blocks of the one before have called
 // let_next_launch or ended, and sees what that one wrote behind wait_for_launch_before.
