@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ta_plugin.ops import Segments
+from ta_plugin.ops.buckets import rows_where
 from ta_plugin.ops.planning import UNIQUE
 from ta_plugin.unique_space import INT32_MAX, UniqueSpace, bad_lengths, check_padded, packed_extents
 
@@ -87,20 +88,15 @@ class BoundedSpace(UniqueSpace):
         place = torch.arange(self.padded_length, device=occurrences.device)
         valid = place < self.cu_occurrences.diff()[:, None]
         at = torch.where(valid, self.cu_occurrences[:-1, None] + place, 0)
-        grid = _where(valid.view(-1), occurrences.index_select(0, at.view(-1)))
+        grid = rows_where(valid.view(-1), occurrences.index_select(0, at.view(-1)))
         return grid.reshape(self.num_samples, self.padded_length, *occurrences.shape[1:])
 
     def _pack(self, grid: Tensor, slots: Tensor) -> Tensor:
         """Neither values nor gradients of slots past a length."""
         there = torch.arange(self.num_occurrences, device=grid.device) < self.cu_occurrences[-1]
-        return _where(there, grid.index_select(0, slots))
+        return rows_where(there, grid.index_select(0, slots))
 
 
 def _sample_of(size: int, bounds: Tensor) -> Tensor:
     """(size,) int64: between which bounds each place lies; spare ones count to the last sample."""
     return torch.bucketize(torch.arange(size, device=bounds.device), bounds[1:-1], right=True)
-
-
-def _where(there: Tensor, rows: Tensor) -> Tensor:
-    """Rows (n, ...) where `there` (n,), else 0."""
-    return torch.where(there.view(-1, *([1] * (rows.dim() - 1))), rows, 0)

@@ -90,6 +90,13 @@ def rfc_positions(positions: Tensor, samples: Tensor, rank: int, batch_size: int
     return (rank * batch_size + samples) * sequence_length + positions
 
 
+def bounds_of(sizes: Tensor) -> Tensor:
+    """(n + 1,) int32: where each of n parts begins, and the end, from their sizes, of any shape with n elements."""
+    bounds = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device=sizes.device)
+    torch.cumsum(sizes.reshape(-1), 0, out=bounds[1:])
+    return bounds
+
+
 @dataclass(frozen=True)
 class Route:
     """Where each of a rank's items goes, and what comes in (RFC steps 3 and 4).
@@ -120,8 +127,7 @@ class Route:
         batch = cu_seqlens.numel() - 1
         order, sizes = PARTITION(owner, cu_seqlens.long(), group.size)
         received = all_to_all_rows(sizes.reshape(-1), [batch] * group.size, batch_sizes, group, "sizes")
-        bounds = torch.zeros(received.numel() + 1, dtype=torch.int32, device=owner.device)
-        torch.cumsum(received, 0, out=bounds[1:])
+        bounds = bounds_of(received)
         if group.size == 1:
             send, receive = [owner.numel()], [owner.numel()]
         else:  # both reach the host in one copy and are added up there: a launch costs more than the sums

@@ -129,6 +129,12 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
   return {distinct, cu_seqlens, counts, bounds, inverse, order, offsets, grid, sizes};
 }
 
+// The row of an id in the whole table, in [0, vocab) whatever the id is.
+int64_t permuted(int64_t id, int64_t vocab, int64_t multiplier) {
+  const int64_t row = id * multiplier % vocab;
+  return row < 0 ? row + vocab : row;
+}
+
 Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
   TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 0, "ranks is ", ranks, " and vocab ", vocab, "; pass ranks >= 1, vocab >= 0");
   const Tensor ids = int64s(ids_, "ids", ids_.dim());
@@ -139,8 +145,7 @@ Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multipli
   at::parallel_for(0, ids.numel(), at::internal::GRAIN_SIZE, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       if (vocab > 0) {
-        const int64_t row = id[i] * multiplier % vocab;
-        owner[i] = (row < 0 ? row + vocab : row) / rows_per_rank;
+        owner[i] = permuted(id[i], vocab, multiplier) / rows_per_rank;
         continue;
       }
       uint64_t x = uint64_t(id[i]);  // splitmix64's finaliser (Steele, Lea, Flood 2014)
@@ -160,10 +165,7 @@ Tensor local_rows(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t mult
   int64_t* local = out.mutable_data_ptr<int64_t>();
   const int64_t rows_per_rank = (vocab + ranks - 1) / ranks;
   at::parallel_for(0, ids.numel(), at::internal::GRAIN_SIZE, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t row = id[i] * multiplier % vocab;
-      local[i] = (row < 0 ? row + vocab : row) % rows_per_rank;
-    }
+    for (int64_t i = from; i < to; ++i) local[i] = permuted(id[i], vocab, multiplier) % rows_per_rank;
   });
   return out;
 }

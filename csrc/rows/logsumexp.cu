@@ -5,8 +5,6 @@
 namespace rows {
 namespace {
 
-constexpr int widest(size_t element_bytes) { return int(16 / element_bytes); }
-
 int lane_bits_of(int64_t width, int vector) {
   const int lanes = std::min({lanes_for(width / vector), kMostLanes, 32 / vector});
   return lanes == 8 ? 3 : lanes / 2;
@@ -15,8 +13,6 @@ int lane_bits_of(int64_t width, int vector) {
 int64_t blocks_of(const Segments& s, int lane_bits) {
   return ceil_div(s.members + s.segments, int64_t(kRunWarps * (kRunVectors >> lane_bits)));
 }
-
-int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
 
 template <typename T, int kVector>
 cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, void* workspace, cudaStream_t stream) {
@@ -59,17 +55,9 @@ size_t logsumexp_workspace_bytes(Type type, const Segments& s, int64_t width) {
 cudaError_t logsumexp(Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
                       cudaStream_t stream) {
   if (s.segments == 0 || width == 0) return cudaSuccess;
-  switch (type) {
-    case Type::kFloat:
-      return launch_type<float>(values, s, width, out, workspace, stream);
-    case Type::kDouble:
-      return launch_type<double>(values, s, width, out, workspace, stream);
-    case Type::kHalf:
-      return launch_type<__half>(values, s, width, out, workspace, stream);
-    case Type::kBFloat16:
-      return launch_type<__nv_bfloat16>(values, s, width, out, workspace, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(type, [&](auto element) {
+    return launch_type<decltype(element)>(values, s, width, out, workspace, stream);
+  });
 }
 
 }  // namespace rows

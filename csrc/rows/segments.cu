@@ -5,10 +5,6 @@
 namespace rows {
 namespace {
 
-constexpr int widest(size_t element_bytes) { return int(16 / element_bytes); }
-
-int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
-
 // Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
 Deal deal_out(const Segments& s, int64_t width, int vector) {
   Deal deal{lanes_for(width / vector), 2, 0};
@@ -78,17 +74,9 @@ size_t sum_workspace_bytes(Type type, const Segments& s, int64_t width) {
 cudaError_t sum(Type type, const void* values, const Segments& s, int64_t width, void* out, void* workspace,
                 cudaStream_t stream) {
   if (s.segments == 0 || width == 0) return cudaSuccess;
-  switch (type) {
-    case Type::kFloat:
-      return launch_type<float>(values, s, width, out, workspace, stream);
-    case Type::kDouble:
-      return launch_type<double>(values, s, width, out, workspace, stream);
-    case Type::kHalf:
-      return launch_type<__half>(values, s, width, out, workspace, stream);
-    case Type::kBFloat16:
-      return launch_type<__nv_bfloat16>(values, s, width, out, workspace, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(type, [&](auto element) {
+    return launch_type<decltype(element)>(values, s, width, out, workspace, stream);
+  });
 }
 
 cudaError_t expand(const void* rows, const int64_t* index, int64_t members, int64_t row_bytes, void* out,

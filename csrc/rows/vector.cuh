@@ -71,4 +71,26 @@ inline int lanes_for(int64_t vectors) {
   return lanes;
 }
 
+// Elements in an access of 16 bytes.
+constexpr int widest(size_t element_bytes) { return int(16 / element_bytes); }
+
+// Of one index a block, up to where vectors may begin.
+inline int64_t aligned_bytes(int64_t blocks) { return (blocks * 8 + 15) / 16 * 16; }
+
+// run(an element of the type).
+template <typename Run>
+cudaError_t with_element(Type type, Run run) {
+  switch (type) {
+    case Type::kFloat:
+      return run(float{});
+    case Type::kDouble:
+      return run(double{});
+    case Type::kHalf:
+      return run(__half{});
+    case Type::kBFloat16:
+      return run(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace rows

@@ -230,11 +230,7 @@ def _check(
             raise ValueError(f"rows map onto {rows.num_segments} table rows, but k_table has {k_table.shape[0]}")
     elif rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)}; pass int64 (K,) or Segments")
-    keys = (
-        rows.num_members
-        if isinstance(rows, Segments)
-        else (rows.rows if isinstance(rows, RowsInPlace) else rows).shape[0]
-    )
+    keys = rows.shape[0] if isinstance(rows, Tensor) else rows.num_members
     if cu_seqlens_q.numel() != cu_seqlens_k.numel():
         raise ValueError(
             f"cu_seqlens_q bounds {cu_seqlens_q.numel() - 1} samples, cu_seqlens_k {cu_seqlens_k.numel() - 1}; pass the same samples"

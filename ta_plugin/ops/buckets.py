@@ -38,7 +38,7 @@ def _compact_in_torch(buckets: Tensor, cu_seqlens: Tensor) -> Tensor:
     rank = torch.bucketize(place, begins[1:-1], right=True)
     there = place < begins[-1]
     source = torch.where(there, place - begins[rank] + rank * bound, 0)
-    return _where(there, buckets.flatten(0, 1).index_select(0, source))
+    return rows_where(there, buckets.flatten(0, 1).index_select(0, source))
 
 
 def _spread_in_torch(together: Tensor, cu_seqlens: Tensor, ranks: int) -> Tensor:
@@ -48,7 +48,7 @@ def _spread_in_torch(together: Tensor, cu_seqlens: Tensor, ranks: int) -> Tensor
     place = torch.arange(bound, device=together.device)
     there = place < begins.diff()[:, None]
     source = torch.where(there, begins[:-1, None] + place, 0).view(-1)
-    return _where(there.view(-1), together.index_select(0, source)).unflatten(0, (ranks, bound))
+    return rows_where(there.view(-1), together.index_select(0, source)).unflatten(0, (ranks, bound))
 
 
 def _begins(cu_seqlens: Tensor, ranks: int) -> Tensor:
@@ -57,7 +57,8 @@ def _begins(cu_seqlens: Tensor, ranks: int) -> Tensor:
     return cu_seqlens[::samples].long() if samples else cu_seqlens.new_zeros(ranks + 1, dtype=torch.int64)
 
 
-def _where(there: Tensor, rows: Tensor) -> Tensor:
+def rows_where(there: Tensor, rows: Tensor) -> Tensor:
+    """Rows (n, ...) where `there` (n,), else 0."""
     return torch.where(there.view(-1, *([1] * (rows.dim() - 1))), rows, 0)
 
 

@@ -31,6 +31,11 @@ class RowsInPlace:
     segments: Segments
     record: Callable[[Tensor], None] | None
 
+    @property
+    def num_members(self) -> int:
+        """K."""
+        return self.rows.shape[0]
+
 
 def _forward_in_torch(
     q: Tensor,

@@ -14,7 +14,7 @@ from ta_plugin.ops import expand
 from ta_plugin.ops.buckets import COMPACT
 from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
 from ta_plugin.parallel.collectives import Arrived, Moving
-from ta_plugin.routing import BoundedRoute
+from ta_plugin.routing import BoundedRoute, bounds_of
 from ta_plugin.strategies.in_place import read_rows
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
@@ -40,7 +40,7 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     # targets are looked up while the keys travel, and travel while the keys are brought together
     answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
     sizes, tokens, weights = moving.arrive()
-    received = _bounds_of(sizes)
+    received = bounds_of(sizes)  # of the samples (rank, b)
     keys = Keys.owned(BoundedSpace.of_rows(COMPACT(tokens, received), received), modules)
     q = modules.projections.queries(_target_rows(request, modules, answer))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")
@@ -49,13 +49,6 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     out, lse = attend_targets(modules, queries.arrive(), everybody, keys.weighted(RowWeights(weight, None)), None)
     return _return_partials(out, lse, modules, bounds)
-
-
-def _bounds_of(sizes: Tensor) -> Tensor:
-    """(N * B + 1,) int32: bounds of the samples (rank, b) whose sizes (N, B) are given."""
-    bounds = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device=sizes.device)
-    torch.cumsum(sizes.reshape(-1), 0, out=bounds[1:])
-    return bounds
 
 
 def _owners(ids: Tensor, modules: AttentionModules) -> Tensor:
