@@ -4,22 +4,26 @@
 namespace plan {
 namespace {
 
+enum class Place { kOwner, kRowWithin };
+
+// Of the row that an id has in the whole table, whatever the id is: the shard that holds it, or where it lies in that shard.
+template <Place kPlace>
 __global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, int64_t rows_per_rank,
                                                             int64_t vocab, int64_t multiplier, int64_t* out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) {
-    const int64_t row = ids[i] * multiplier % vocab;
-    out[i] = (row < 0 ? row + vocab : row) / rows_per_rank;
-  }
+  if (i >= n) return;
+  int64_t row = ids[i] * multiplier % vocab;
+  if (row < 0) row += vocab;
+  out[i] = kPlace == Place::kOwner ? row / rows_per_rank : row % rows_per_rank;
 }
 
-__global__ void __launch_bounds__(kThreads) local_kernel(const int64_t* ids, int64_t n, int64_t rows_per_rank,
-                                                         int64_t vocab, int64_t multiplier, int64_t* out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) {
-    const int64_t row = ids[i] * multiplier % vocab;
-    out[i] = (row < 0 ? row + vocab : row) % rows_per_rank;
-  }
+template <Place kPlace>
+cudaError_t permuted(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
+                     cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  permuted_kernel<kPlace><<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab,
+                                                                                  multiplier, out);
+  return cudaGetLastError();
 }
 
 __global__ void __launch_bounds__(kThreads) hashed_kernel(const int64_t* ids, int64_t n, int64_t ranks, int64_t* out) {
@@ -85,20 +89,15 @@ struct Arrays {
 
 cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                    cudaStream_t stream) {
+  if (vocab > 0) return permuted<Place::kOwner>(ids, n, ranks, vocab, multiplier, out, stream);
   if (n == 0) return cudaSuccess;
-  const unsigned blocks = unsigned(ceil_div(n, kThreads));
-  if (vocab > 0)
-    permuted_kernel<<<blocks, kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab, multiplier, out);
-  else
-    hashed_kernel<<<blocks, kThreads, 0, stream>>>(ids, n, ranks, out);
+  hashed_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ranks, out);
   return cudaGetLastError();
 }
 
 cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                        cudaStream_t stream) {
-  if (n > 0)
-    local_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab, multiplier, out);
-  return cudaGetLastError();
+  return permuted<Place::kRowWithin>(ids, n, ranks, vocab, multiplier, out, stream);
 }
 
 cudaError_t partition_workspace_bytes(int64_t n, int64_t ranks, size_t* bytes) {
