@@ -12,6 +12,15 @@ def check_tensor(name: str, x: object) -> None:
         raise ValueError(f"{name} is a {type(x).__name__}; pass a tensor (`torch.as_tensor({name})`)")
 
 
+def check_int64(name: str, x: Tensor, dim: int) -> None:
+    """A tensor of int64 with `dim` dimensions."""
+    check_tensor(name, x)
+    if x.dtype != torch.int64:
+        raise ValueError(f"{name} is {x.dtype}; pass int64 (`{name}.long()`)")
+    if x.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {dim} dimension{'s' if dim > 1 else ''}")
+
+
 def check_grid(name: str, tokens: Tensor, device: torch.device) -> None:
     """Something (B, L) int64 on `device`."""
     check_tensor(name, tokens)

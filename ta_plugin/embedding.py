@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ta_plugin.checks import check_int64
 from ta_plugin.ops import segment_sum
 from ta_plugin.parallel import SSPGroup, all_gather_rows, exchange_header
 from ta_plugin.routing import HashOwners, Owners, PermutedRows, Route
@@ -139,7 +140,7 @@ class ShardedTokenEmbedding(nn.Module):
         self.owners = PermutedRows(vocab_size, self.group.size)
         self.optimizer = optimizer if optimizer is not None else RowWiseAdagrad()
         self.trainable = True
-        first, last = self._bounds()
+        first, last = self.owners.shard(self.group.rank)
         std = embedding_dim**-0.5 if init_std is None else init_std
         rows = initial_rows(first, last, embedding_dim, std, seed)
         self.rows = rows.to(device=device if device is not None else self.group.device, dtype=dtype)
@@ -147,11 +148,6 @@ class ShardedTokenEmbedding(nn.Module):
         self.steps = torch.zeros((), dtype=torch.int64)
         self._recorded: list[tuple[Tensor, Tensor]] = []
         self._reduced: tuple[Tensor, Tensor] | None = None
-
-    def _bounds(self) -> tuple[int, int]:
-        per_rank = self.owners.rows_per_rank
-        first = min(self.group.rank * per_rank, self.vocab_size)
-        return first, min(first + per_rank, self.vocab_size)
 
     def regroup(self, group: Any) -> None:
         """Shard a whole table (built without a group, the same on every rank) over `group`: keep this rank's rows and their state,
@@ -164,28 +160,49 @@ class ShardedTokenEmbedding(nn.Module):
             )
         self.group = SSPGroup.wrap(group)
         self.owners = PermutedRows(self.vocab_size, self.group.size)
-        mine = slice(*self._bounds())
+        mine = slice(*self.owners.shard(self.group.rank))
         self.rows = self.rows[mine].to(self.group.device, copy=True)
         self.state = {name: value[mine].to(self.group.device, copy=True) for name, value in self.state.items()}
         self.zero_grad()
 
     def owner_of(self, ids: Tensor) -> Tensor:
-        """ids (n,) int64 -> owning rank in the group (n,) int64."""
+        """ids (n,) int64 -> owning rank in the group (n,) int64; -1 outside the vocabulary, which `Route.build` refuses on every rank."""
         return self.owners.owner_of(ids)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows (n, D) of owned global ids (n,) int64. Gradients are recorded for `step()`."""
-        anchor = torch.empty(
-            0, device=self.rows.device, requires_grad=self.trainable
-        )  # makes autograd call backward, also with no ids
-        return _OwnedRows.apply(anchor, self.owners.local_row(ids), self)
+        """Rows (n, D) of owned global ids (n,) int64. Gradients are recorded for `step()`.
+
+        An id that this rank does not hold raises ValueError; on a GPU, where no value is read, it ends the process as nn.Embedding's
+        do: "index out of bounds".
+        """
+        check_int64("ids", ids, 1)
+        if ids.device.type != self.rows.device.type:
+            raise ValueError(f"ids is on {ids.device}, the table on {self.rows.device}; move one to the other")
+        rows = self.owners.local_row(ids, self.group.rank, other=self.rows.shape[0])  # a row that there is not
+        # makes autograd call backward, also with no ids
+        anchor = torch.empty(0, device=self.rows.device, requires_grad=self.trainable)
+        try:
+            return _OwnedRows.apply(anchor, rows, self)
+        except IndexError as error:
+            raise self._not_held(ids, rows) from error
+
+    def _not_held(self, ids: Tensor, rows: Tensor) -> ValueError:
+        i = int((rows == self.rows.shape[0]).nonzero()[0])
+        if 0 <= int(ids[i]) < self.vocab_size:
+            return ValueError(
+                f"ids[{i}] is {int(ids[i])}, which rank {int(self.owner_of(ids[i]))} of {self.group.size} owns and not rank "
+                f"{self.group.rank}; ask for it with TokenizedAttention.embed, which goes to the owners"
+            )
+        return ValueError(
+            f"ids[{i}] is {int(ids[i])}, but vocab_size is {self.vocab_size}; pass ids of 0 or more, below it"
+        )
 
     def in_place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's rows (R, D), and the row among them of each of the owned global ids (n,) int64: (n,) int64."""
-        rows = self.owners.local_row(ids)
-        if self.group.size > 1:  # within a shard also where bounds will find an id of a batch wrong
-            rows = rows.clamp_(max=max(self.rows.shape[0] - 1, 0))
-        return self.rows, rows
+        """This rank's rows (R, D), and the row among them of each of the owned global ids (n,) int64: (n,) int64.
+
+        Where `Bounds` finds an id wrong, any row will do.
+        """
+        return self.rows, self.owners.local_row(ids, self.group.rank, other=0)
 
     def record(self, rows: Tensor, grad: Tensor) -> None:
         """Add the gradient (n, D) of local rows (n,) to what the next `step()` applies. Backward calls this."""
@@ -246,18 +263,18 @@ class ShardedTokenEmbedding(nn.Module):
         """Take this rank's rows from a whole table (V, D) in order of ids."""
         if tuple(weight.shape) != (self.vocab_size, self.embedding_dim):
             raise ValueError(f"weight has shape {tuple(weight.shape)}; pass {(self.vocab_size, self.embedding_dim)}")
-        ids = self.owners.ids_of_rows(torch.arange(*self._bounds(), device=weight.device))
+        ids = self.owners.ids_of_rows(torch.arange(*self.owners.shard(self.group.rank), device=weight.device))
         self.rows.copy_(weight.detach()[ids])
 
     def to_dense(self) -> Tensor:
         """The whole table (V, D) in order of ids, on every rank. Collective; for tests and small tables."""
-        per_rank, vocab = self.owners.rows_per_rank, self.vocab_size
-        counts = [max(0, min(per_rank, vocab - rank * per_rank)) for rank in range(self.group.size)]
-        table = all_gather_rows(self.rows.detach(), counts, self.group, "dense")
-        return table[self.owners.permute(torch.arange(vocab, device=table.device))]
+        shards = [self.owners.shard(rank) for rank in range(self.group.size)]
+        table = all_gather_rows(self.rows.detach(), [last - first for first, last in shards], self.group, "dense")
+        return table[self.owners.permute(torch.arange(self.vocab_size, device=table.device))]
 
     def extra_repr(self) -> str:
-        return f"{self.vocab_size}, {self.embedding_dim}, rows [{self._bounds()[0]}, {self._bounds()[1]}), {self.group}"
+        first, last = self.owners.shard(self.group.rank)
+        return f"{self.vocab_size}, {self.embedding_dim}, rows [{first}, {last}), {self.group}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> ShardedTokenEmbedding:
         super()._apply(fn, recurse)  # .to(), .cuda(), .double() reach the rows though they are no Parameter

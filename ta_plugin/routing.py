@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ta_plugin.ops.buckets import BUCKET
 from ta_plugin.ops.planning import LOCAL_ROWS, OWNERS, PARTITION
-from ta_plugin.parallel import Gathered, SSPGroup, all_to_all_rows
+from ta_plugin.parallel import Gathered, SSPGroup, all_to_all_rows, exchange_header
 
 _MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
 
@@ -76,12 +76,19 @@ class PermutedRows:
         return rows * pow(self.multiplier, -1, self.vocab_size) % self.vocab_size
 
     def owner_of(self, ids: Tensor) -> Tensor:
+        """As in `Owners`; -1 for ids outside the vocabulary, which `Route.build` refuses on every rank."""
         owner: Tensor = OWNERS(ids, self.num_ranks, self.vocab_size, self.multiplier)
         return owner
 
-    def local_row(self, ids: Tensor) -> Tensor:
-        """The row within its owner's shard."""
-        rows: Tensor = LOCAL_ROWS(ids, self.num_ranks, self.vocab_size, self.multiplier)
+    def shard(self, rank: int) -> tuple[int, int]:
+        """The rows of the whole table that a rank holds: from the first to before the last."""
+        first = min(rank * self.rows_per_rank, self.vocab_size)
+        return first, min(first + self.rows_per_rank, self.vocab_size)
+
+    def local_row(self, ids: Tensor, rank: int, other: int) -> Tensor:
+        """The rows (n,) of ids (n,) within the shard of `rank`; `other` for ids that it does not hold."""
+        first, last = self.shard(rank)
+        rows: Tensor = LOCAL_ROWS(ids, first, last - first, self.vocab_size, self.multiplier, other)
         return rows
 
 
@@ -123,6 +130,8 @@ class Route:
         owner:       (n,) int64 in [0, N), the owner of each item
         cu_seqlens:  (B + 1,) bounds of this rank's samples among the items
         batch_sizes: B of every rank, from the header
+
+        An item that nobody owns raises ValueError on every rank of several; on one rank it goes to that one.
         """
         batch = cu_seqlens.numel() - 1
         order, sizes = PARTITION(owner, cu_seqlens.long(), group.size)
@@ -132,6 +141,8 @@ class Route:
             send, receive = [owner.numel()], [owner.numel()]
         else:  # both reach the host in one copy and are added up there: a launch costs more than the sums
             sent, arrived = torch.cat([sizes.reshape(-1), received]).cpu().split([sizes.numel(), received.numel()])
+            if bool((arrived < 0).any()):  # what one rank sent to all: every rank comes here
+                exchange_header(group, [], _nobodys(owner, group.size))
             ends, running = torch.tensor(batch_sizes).cumsum(0), F.pad(arrived.cumsum(0), (1, 0))
             send = sent.view(group.size, batch).sum(1).tolist()
             receive = running[ends].diff(prepend=running[:1]).tolist()
@@ -159,6 +170,18 @@ class Route:
         """The way back: values of received items (received, ...) to their senders, in the senders' order (n, ...)."""
         returned = all_to_all_rows(values, self.receive, self.send, self.group, name)
         return returned.new_empty(returned.shape).index_copy(0, self.order, returned)
+
+
+def _nobodys(owner: Tensor, ranks: int) -> ValueError | None:
+    """What is wrong with the first item that none of the ranks owns."""
+    bad = ((owner < 0) | (owner >= ranks)).nonzero()
+    if not bad.numel():
+        return None
+    item = int(bad[0])
+    return ValueError(
+        f"owner[{item}] is {int(owner[item])}; it must lie in [0, {ranks}). A sharded table gives -1 for an id outside its vocabulary: "
+        "pass ids of 0 or more, below vocab_size"
+    )
 
 
 @dataclass(frozen=True)

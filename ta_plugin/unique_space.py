@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ta_plugin.checks import check_tensor
+from ta_plugin.checks import check_int64
 from ta_plugin.ops import Segments, UniqueRows, expand, segment_logsumexp, segment_sum, unique_rows
 
 INT32_MAX = 2**31 - 1
@@ -74,7 +74,7 @@ class UniqueSpace:
             slots, bounds = _valid_slots(tokens, lengths)
             tokens, length = tokens.reshape(-1)[slots], tokens.shape[1]
         else:
-            _check_int64("tokens", tokens, 1)
+            check_int64("tokens", tokens, 1)
             bounds = _checked_bounds(tokens, cu_seqlens)
         each = torch.arange(tokens.numel(), device=tokens.device)
         segments = Segments(each, each, torch.arange(tokens.numel() + 1, device=tokens.device))
@@ -249,17 +249,9 @@ class UniqueSpace:
         return segment_sum((share * self.pack(term)).to(term.dtype), self.segments)
 
 
-def _check_int64(name: str, x: Tensor, dim: int) -> None:
-    check_tensor(name, x)
-    if x.dtype != torch.int64:
-        raise ValueError(f"{name} is {x.dtype}; pass int64 (`{name}.long()`)")
-    if x.dim() != dim:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {dim} dimension{'s' if dim > 1 else ''}")
-
-
 def check_padded(tokens: Tensor, lengths: Tensor) -> None:
-    _check_int64("tokens", tokens, 2)
-    _check_int64("lengths", lengths, 1)
+    check_int64("tokens", tokens, 2)
+    check_int64("lengths", lengths, 1)
     if lengths.shape[0] != tokens.shape[0]:
         raise ValueError(f"lengths has {lengths.shape[0]} entries for {tokens.shape[0]} samples; pass one per sample")
 
@@ -283,7 +275,7 @@ def _valid_slots(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def packed_extents(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Packed tokens and their bounds as `unique` takes them: few tokens of one sample as a padded one, with its length."""
-    _check_int64("tokens", tokens, 1)
+    check_int64("tokens", tokens, 1)
     if cu_seqlens is None and 0 < tokens.numel() <= _SHORT:
         # one thread block on a GPU, fewer launches
         return tokens[None], torch.full((1,), tokens.numel(), device=tokens.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,18 @@ def test_unique_space_on_cuda_equals_cpu() -> None:
     here, there = UniqueSpace.from_padded(tokens, lengths), UniqueSpace.from_padded(tokens.cuda(), lengths.cuda())
     for name in ("tokens", "cu_seqlens", "counts", "inverse"):
         assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
+
+
+@pytest.mark.parametrize("wrong", [5, 2**40, -1])
+def test_an_id_that_a_table_does_not_hold_ends_the_process(wrong: int) -> None:
+    """As nn.Embedding's do: nothing of what it would have computed comes out."""
+    program = (
+        "import torch; from ta_plugin import ShardedTokenEmbedding; table = ShardedTokenEmbedding(5, 4, device='cuda')\n"
+        f"for last in (4, {wrong}): print('sum', table(torch.tensor([1, last], device='cuda')).sum().item())"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and result.stdout.count("sum") == 1
+    assert "out of bounds" in result.stderr or "device-side assert" in result.stderr, result.stderr
 
 
 def test_recommender_trains_on_cuda(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,3 +282,61 @@ def test_regrouping_moves_rows_and_state_to_where_the_group_exchanges() -> None:
     table = ShardedTokenEmbedding(8, 2, optimizer=LazyAdam(1e-3))
     table.regroup(SSPGroup(None, device="meta"))
     assert {tensor.device.type for tensor in (table.rows, *table.state.values())} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (torch.tensor([1, 5]), "ids[1] is 5, but vocab_size is 5; pass ids of 0 or more, below it"),
+        (torch.tensor([4, 2**62]), "ids[1] is 4611686018427387904, but vocab_size is 5"),
+        (torch.tensor([-1, 5]), "ids[0] is -1, but vocab_size is 5"),
+        (torch.tensor([1, 2], dtype=torch.int32), "ids is torch.int32; pass int64 (`ids.long()`)"),
+        (torch.tensor([[1, 2]]), "ids has shape (1, 2); pass 1 dimension"),
+        ([1, 2], "ids is a list; pass a tensor"),
+        (torch.tensor([1, 2], device="meta"), "ids is on meta, the table on cpu; move one to the other"),
+    ],
+)
+def test_ids_that_a_table_cannot_hold_are_named(ids: Any, names: str) -> None:
+    table = ShardedTokenEmbedding(5, DIM)
+    with pytest.raises(ValueError, match=re.escape(names)):
+        table(ids)
+    assert not table.holds_gradients
+
+
+def asked_for_the_others_ids() -> str:
+    table = ShardedTokenEmbedding(11, DIM, SSPGroup(dist.group.WORLD))
+    ids = torch.arange(11)
+    theirs = ids[table.owner_of(ids) != table.group.rank]
+    try:
+        table(theirs[:1])
+    except ValueError as error:
+        return str(error).replace(f"is {int(theirs[0])},", "is its id,")
+    return ""
+
+
+def test_a_table_that_is_asked_for_what_another_rank_holds_names_that_rank(rank_pools: Any) -> None:
+    for rank, text in enumerate(rank_pools(2).run(asked_for_the_others_ids)):
+        assert text == (
+            f"ids[0] is its id, which rank {1 - rank} of 2 owns and not rank {rank}; ask for it with TokenizedAttention.embed, "
+            "which goes to the owners"
+        )
+
+
+def routes_what_nobody_owns(wrong: int) -> str:
+    """One rank asks for an id outside the vocabulary; afterwards the group works on."""
+    table = ShardedTokenEmbedding(11, DIM, SSPGroup(dist.group.WORLD))
+    ids, text = torch.tensor([3, 4, 3]), ""
+    try:
+        embed(table, torch.tensor([3, wrong, 3]) if table.group.rank == 1 else ids)
+    except ValueError as error:
+        text = str(error)
+    assert torch.equal(embed(table, ids), table.to_dense()[ids])
+    return text
+
+
+@pytest.mark.parametrize("wrong", [11, 10**12, -1])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_an_id_that_nobody_owns_raises_on_every_rank(rank_pools: Any, ranks: int, wrong: int) -> None:
+    for text in rank_pools(ranks).run(routes_what_nobody_owns, wrong):
+        assert text.startswith(f"rank 1 of {ranks}: owner[1] is -1; it must lie in [0, {ranks})"), text
+        assert text.endswith("pass ids of 0 or more, below vocab_size")

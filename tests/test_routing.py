@@ -189,9 +189,16 @@ def test_permuted_rows_are_a_bijection_and_fill_their_shards(vocab: int, ranks: 
     rows = owners.permute(ids)
     assert torch.equal(rows.sort().values, ids)
     assert torch.equal(owners.ids_of_rows(rows), ids)
-    assert torch.equal(owners.owner_of(ids) * owners.rows_per_rank + owners.local_row(ids), rows)
     assert int(owners.owner_of(ids).max()) < ranks
-    assert int(owners.local_row(ids).max()) < owners.rows_per_rank
+    held = []
+    for rank in range(ranks):
+        first, last = owners.shard(rank)
+        mine = owners.owner_of(ids) == rank
+        local = owners.local_row(ids, rank, other=-7)
+        assert torch.equal(first + local[mine], rows[mine]) and bool((local[~mine] == -7).all())
+        held += range(first, last)
+    assert held == list(range(vocab))
+    assert owners.owner_of(torch.tensor([-1, vocab, vocab + 1, -vocab])).tolist() == [-1] * 4
     assert torch.equal(PermutedRows(vocab, ranks + 1).permute(ids), rows)  # whatever the number of ranks
 
 

@@ -129,10 +129,9 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
   return {distinct, cu_seqlens, counts, bounds, inverse, order, offsets, grid, sizes};
 }
 
-// The row of an id in the whole table, in [0, vocab) whatever the id is.
+// The row of an id in the whole table; -1 for an id outside the vocabulary.
 int64_t permuted(int64_t id, int64_t vocab, int64_t multiplier) {
-  const int64_t row = id * multiplier % vocab;
-  return row < 0 ? row + vocab : row;
+  return id >= 0 && id < vocab ? id * multiplier % vocab : -1;
 }
 
 Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
@@ -145,7 +144,8 @@ Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multipli
   at::parallel_for(0, ids.numel(), at::internal::GRAIN_SIZE, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       if (vocab > 0) {
-        owner[i] = permuted(id[i], vocab, multiplier) / rows_per_rank;
+        const int64_t row = permuted(id[i], vocab, multiplier);
+        owner[i] = row < 0 ? -1 : row / rows_per_rank;
         continue;
       }
       uint64_t x = uint64_t(id[i]);  // splitmix64's finaliser (Steele, Lea, Flood 2014)
@@ -157,15 +157,17 @@ Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multipli
   return out;
 }
 
-Tensor local_rows(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
-  TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 1, "ranks is ", ranks, " and vocab ", vocab, "; pass 1 or more");
+Tensor local_rows(const Tensor& ids_, int64_t first, int64_t held, int64_t vocab, int64_t multiplier, int64_t other) {
+  TORCH_CHECK_VALUE(vocab >= 1, "vocab is ", vocab, "; pass 1 or more");
   const Tensor ids = int64s(ids_, "ids", ids_.dim());
   Tensor out = at::empty_like(ids);
   const int64_t* id = ids.const_data_ptr<int64_t>();
   int64_t* local = out.mutable_data_ptr<int64_t>();
-  const int64_t rows_per_rank = (vocab + ranks - 1) / ranks;
   at::parallel_for(0, ids.numel(), at::internal::GRAIN_SIZE, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) local[i] = permuted(id[i], vocab, multiplier) % rows_per_rank;
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t row = permuted(id[i], vocab, multiplier);
+      local[i] = row >= first && row - first < held ? row - first : other;
+    }
   });
   return out;
 }
@@ -180,15 +182,24 @@ std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_
                     "bounds run from ", bound[0], " to ", bound[samples], "; they must rise from 0 to ", n);
   Tensor order = at::empty_like(owner), sizes = at::zeros({ranks, samples}, owner.options());
   int64_t* size = sizes.mutable_data_ptr<int64_t>();
-  std::vector<int64_t> next(ranks + 1, 0);
-  for (int64_t b = 0; b < samples; ++b)
+  // items without an owner come last, as those of one more rank; all sizes of their sample are -1
+  const auto bucket = [&](int64_t i) { return to[i] >= 0 && to[i] < ranks ? to[i] : ranks; };
+  std::vector<int64_t> next(ranks + 2, 0);
+  for (int64_t b = 0; b < samples; ++b) {
+    bool owned = true;
     for (int64_t i = bound[b]; i < bound[b + 1]; ++i) {
-      TORCH_CHECK_INDEX(to[i] >= 0 && to[i] < ranks, "owner[", i, "] is ", to[i], " of ", ranks, " ranks");
-      ++size[to[i] * samples + b], ++next[to[i] + 1];
+      const int64_t r = bucket(i);
+      ++next[r + 1];
+      if (r < ranks)
+        ++size[r * samples + b];
+      else
+        owned = false;
     }
-  for (int64_t r = 0; r < ranks; ++r) next[r + 1] += next[r];
+    for (int64_t r = 0; r < ranks && !owned; ++r) size[r * samples + b] = -1;
+  }
+  for (int64_t r = 0; r <= ranks; ++r) next[r + 1] += next[r];
   int64_t* item = order.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < n; ++i) item[next[to[i]]++] = i;
+  for (int64_t i = 0; i < n; ++i) item[next[bucket(i)]++] = i;
   return {order, sizes};
 }
 

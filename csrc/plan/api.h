@@ -42,15 +42,16 @@ cudaError_t fits_block(const Occurrences& x, bool* fits);
 cudaError_t unique_workspace_bytes(const Occurrences& x, bool in_block, size_t* bytes);
 cudaError_t unique(const Occurrences& x, const Unique& out, bool in_block, void* workspace, cudaStream_t stream);
 
-// Owners of ids (n): (id * multiplier mod vocab) / ceil(vocab / ranks), or a hash mod ranks where vocab is 0.
+// Owners of ids (n): (id * multiplier mod vocab) / ceil(vocab / ranks), -1 outside [0, vocab); or a hash mod ranks where vocab is 0.
 cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                    cudaStream_t stream);
 
-// Rows of ids (n) in their owners' shards: (id * multiplier mod vocab) mod ceil(vocab / ranks).
-cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
-                       cudaStream_t stream);
+// Rows of ids (n) in the shard of rows first to first + held: id * multiplier mod vocab - first; `other` for what it does not hold.
+cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t first, int64_t held, int64_t vocab, int64_t multiplier,
+                       int64_t other, int64_t* out, cudaStream_t stream);
 
-// Items by owner, stable: order (n); rankwise_sizes (ranks, samples): items of each sample (bounds of samples + 1) and owner.
+// Items by owner, stable: order (n), those without an owner in [0, ranks) last; rankwise_sizes (ranks, samples): items of each
+// sample (bounds of samples + 1) and owner, all negative for a sample that holds one without.
 cudaError_t partition_workspace_bytes(int64_t n, int64_t ranks, size_t* bytes);
 cudaError_t partition(const int64_t* owner, const int64_t* bounds, int64_t n, int64_t samples, int64_t ranks,
                       int64_t* order, int64_t* rankwise_sizes, void* workspace, cudaStream_t stream);

@@ -66,12 +66,12 @@ Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multipli
   return out;
 }
 
-Tensor local_rows(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
-  TORCH_CHECK_VALUE(ranks >= 1 && vocab >= 1, "ranks is ", ranks, " and vocab ", vocab, "; pass 1 or more");
+Tensor local_rows(const Tensor& ids_, int64_t first, int64_t held, int64_t vocab, int64_t multiplier, int64_t other) {
+  TORCH_CHECK_VALUE(vocab >= 1, "vocab is ", vocab, "; pass 1 or more");
   const Tensor ids = int64s(ids_, "ids", ids_.dim(), ids_);
   const c10::cuda::CUDAGuard guard(ids.device());
   Tensor out = at::empty_like(ids);
-  C10_CUDA_CHECK(plan::local_rows(ids.const_data_ptr<int64_t>(), ids.numel(), ranks, vocab, multiplier,
+  C10_CUDA_CHECK(plan::local_rows(ids.const_data_ptr<int64_t>(), ids.numel(), first, held, vocab, multiplier, other,
                                   out.mutable_data_ptr<int64_t>(), c10::cuda::getCurrentCUDAStream()));
   return out;
 }

@@ -4,25 +4,35 @@
 namespace plan {
 namespace {
 
-enum class Place { kOwner, kRowWithin };
+// The shard that holds an id's row; none holds an id outside the vocabulary.
+struct Owner {
+  int64_t rows_per_rank;
+  __device__ int64_t operator()(int64_t row) const { return row < 0 ? -1 : row / rows_per_rank; }
+};
 
-// Of the row that an id has in the whole table, whatever the id is: the shard that holds it, or where it lies in that shard.
-template <Place kPlace>
-__global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, int64_t rows_per_rank,
-                                                            int64_t vocab, int64_t multiplier, int64_t* out) {
+// An id's row in the shard of rows first to first + held; `other` where that shard does not hold it.
+struct LocalRow {
+  int64_t first, held, other;
+  __device__ int64_t operator()(int64_t row) const {
+    return row >= first && row - first < held ? row - first : other;
+  }
+};
+
+// What `place` makes of each id's row in the whole table; -1 is that of ids outside the vocabulary.
+template <typename Place>
+__global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, int64_t vocab, int64_t multiplier,
+                                                            Place place, int64_t* out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
-  int64_t row = ids[i] * multiplier % vocab;
-  if (row < 0) row += vocab;
-  out[i] = kPlace == Place::kOwner ? row / rows_per_rank : row % rows_per_rank;
+  const int64_t id = ids[i];
+  out[i] = place(id >= 0 && id < vocab ? id * multiplier % vocab : -1);
 }
 
-template <Place kPlace>
-cudaError_t permuted(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
+template <typename Place>
+cudaError_t permuted(const int64_t* ids, int64_t n, int64_t vocab, int64_t multiplier, Place place, int64_t* out,
                      cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  permuted_kernel<kPlace><<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab,
-                                                                                  multiplier, out);
+  permuted_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, vocab, multiplier, place, out);
   return cudaGetLastError();
 }
 
@@ -35,9 +45,13 @@ __global__ void __launch_bounds__(kThreads) hashed_kernel(const int64_t* ids, in
   out[i] = int64_t((x ^ x >> 31) >> 1) % ranks;
 }
 
-__global__ void __launch_bounds__(kThreads) keys_kernel(const int64_t* owner, int64_t n, uint32_t* keys, uint32_t* values) {
+__device__ bool is_rank(int64_t owner, int64_t ranks) { return owner >= 0 && owner < ranks; }
+
+// Items without an owner are sorted behind all others.
+__global__ void __launch_bounds__(kThreads)
+    keys_kernel(const int64_t* owner, int64_t n, int64_t ranks, uint32_t* keys, uint32_t* values) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) keys[i] = uint32_t(owner[i]), values[i] = uint32_t(i);
+  if (i < n) keys[i] = uint32_t(is_rank(owner[i], ranks) ? owner[i] : ranks), values[i] = uint32_t(i);
 }
 
 __global__ void __launch_bounds__(kThreads) widen_kernel(const uint32_t* values, int64_t n, int64_t* order) {
@@ -46,6 +60,7 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const uint32_t* values,
 }
 
 // Counts are whole numbers, so the order of additions does not matter. Blocks (sample, part): counted in shared memory first.
+// A sample with an item that nobody owns gets the sign bit in all its sizes, which no addition takes away.
 __global__ void __launch_bounds__(kThreads)
     sizes_kernel(const int64_t* owner, const int64_t* bounds, int64_t samples, int64_t ranks, int64_t* sizes) {
   extern __shared__ unsigned int counts[];
@@ -55,7 +70,14 @@ __global__ void __launch_bounds__(kThreads)
     if (from >= to) continue;
     for (int r = threadIdx.x; r < ranks; r += kThreads) counts[r] = 0;
     __syncthreads();
-    for (int64_t i = from + threadIdx.x; i < to; i += kThreads) atomicAdd(counts + owner[i], 1u);
+    for (int64_t i = from + threadIdx.x; i < to; i += kThreads) {
+      if (is_rank(owner[i], ranks)) {
+        atomicAdd(counts + owner[i], 1u);
+        continue;
+      }
+      for (int64_t r = 0; r < ranks; ++r)
+        atomicOr(reinterpret_cast<unsigned long long*>(sizes + r * samples + sample), 1ull << 63);
+    }
     __syncthreads();
     for (int r = threadIdx.x; r < ranks; r += kThreads)
       if (counts[r] > 0)
@@ -76,8 +98,7 @@ struct Arrays {
     arrays->keys_sorted = carver.take<uint32_t>(n);
     arrays->values = carver.take<uint32_t>(n);
     arrays->values_sorted = carver.take<uint32_t>(n);
-    arrays->bits = bit_length(uint64_t(ranks - 1));
-    if (arrays->bits == 0) arrays->bits = 1;
+    arrays->bits = bit_length(uint64_t(ranks));
     TA_RETURN_IF_ERROR(sort_bytes(n, arrays->bits, &arrays->temporary_bytes));
     arrays->temporary = carver.take<char>(int64_t(arrays->temporary_bytes));
     arrays->bytes = carver.used;
@@ -89,15 +110,15 @@ struct Arrays {
 
 cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                    cudaStream_t stream) {
-  if (vocab > 0) return permuted<Place::kOwner>(ids, n, ranks, vocab, multiplier, out, stream);
+  if (vocab > 0) return permuted(ids, n, vocab, multiplier, Owner{ceil_div(vocab, ranks)}, out, stream);
   if (n == 0) return cudaSuccess;
   hashed_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ranks, out);
   return cudaGetLastError();
 }
 
-cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
-                       cudaStream_t stream) {
-  return permuted<Place::kRowWithin>(ids, n, ranks, vocab, multiplier, out, stream);
+cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t first, int64_t held, int64_t vocab, int64_t multiplier,
+                       int64_t other, int64_t* out, cudaStream_t stream) {
+  return permuted(ids, n, vocab, multiplier, LocalRow{first, held, other}, out, stream);
 }
 
 cudaError_t partition_workspace_bytes(int64_t n, int64_t ranks, size_t* bytes) {
@@ -118,7 +139,7 @@ cudaError_t partition(const int64_t* owner, const int64_t* bounds, int64_t n, in
   Arrays arrays;
   TA_RETURN_IF_ERROR(Arrays::carve(n, ranks, workspace, &arrays));
   const unsigned blocks = unsigned(ceil_div(n, kThreads));
-  keys_kernel<<<blocks, kThreads, 0, stream>>>(owner, n, arrays.keys, arrays.values);
+  keys_kernel<<<blocks, kThreads, 0, stream>>>(owner, n, ranks, arrays.keys, arrays.values);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   TA_RETURN_IF_ERROR(sort_pairs(arrays.temporary, arrays.temporary_bytes, arrays.keys, arrays.keys_sorted, arrays.values,
                                 arrays.values_sorted, n, arrays.bits, stream));

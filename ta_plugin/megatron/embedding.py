@@ -84,7 +84,10 @@ class SSPTokenEmbedding(nn.Module):
 
     def owned_rows(self, ids: Tensor) -> Tensor:
         """Rows (n, hidden / TP) of global ids (n,) that this rank owns, each once."""
-        return self.weight.index_select(0, self.owners.local_row(ids))
+        rows = self.owners.local_row(
+            ids, self.group.rank, other=self.weight.shape[0]
+        )  # which has no such row, and raises
+        return self.weight.index_select(0, rows)
 
     def load_dense(self, table: Tensor) -> None:
         """Take this rank's part of a whole table (V, hidden) in order of ids; rows past V are left as they are."""

@@ -162,7 +162,7 @@ def _unique_like(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ..
 
 def _owners_in_torch(ids: Tensor, ranks: int, vocab: int, multiplier: int) -> Tensor:
     if vocab > 0:
-        return ids * multiplier % vocab // -(-vocab // ranks)
+        return torch.where((ids >= 0) & (ids < vocab), ids * multiplier % vocab // -(-vocab // ranks), -1)
     # splitmix64's finaliser (Steele, Lea, Flood 2014); torch's int64 product wraps, its shift is arithmetic
     x = ids
     for factor, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
@@ -174,11 +174,17 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _local_rows_in_torch(ids: Tensor, first: int, held: int, vocab: int, multiplier: int, other: int) -> Tensor:
+    rows = ids * multiplier % vocab - first
+    return torch.where((ids >= 0) & (ids < vocab) & (rows >= 0) & (rows < held), rows, other)
+
+
 def _partition_in_torch(owner: Tensor, bounds: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     batch = bounds.numel() - 1
     samples = torch.repeat_interleave(bounds.diff(), output_size=owner.numel())
-    sizes = torch.bincount(owner * batch + samples, minlength=ranks * batch).view(ranks, batch)
-    return owner.argsort(stable=True), sizes
+    owner = torch.where((owner >= 0) & (owner < ranks), owner, ranks)  # nobody's come last, as those of one more rank
+    sizes = torch.bincount(owner * batch + samples, minlength=(ranks + 1) * batch).view(ranks + 1, batch)
+    return owner.argsort(stable=True), sizes[:-1].masked_fill(sizes[-1] > 0, -1)
 
 
 UNIQUE = Operator(
@@ -196,9 +202,9 @@ OWNERS = Operator(
 )
 LOCAL_ROWS = Operator(
     "local_rows",
-    "(Tensor ids, int ranks, int vocab, int multiplier) -> Tensor",
-    lambda ids, ranks, vocab, multiplier: ids * multiplier % vocab % -(-vocab // ranks),
-    lambda ids, ranks, vocab, multiplier: torch.empty_like(ids),
+    "(Tensor ids, int first, int held, int vocab, int multiplier, int other) -> Tensor",
+    _local_rows_in_torch,
+    lambda ids, first, held, vocab, multiplier, other: torch.empty_like(ids),
 )
 PARTITION = Operator(
     "partition",

@@ -40,6 +40,9 @@ def plans(device: str) -> None:
     )  # more than a part holds in shared memory
     assert int(op.unique(one_fingerprint, torch.tensor([0, 7000], device=device), 7)[-1][1]) == 7000
     assert op.owners(distinct.view(-1), 5, 0, 0).max() < 5
+    assert int(op.local_rows(distinct.view(-1), 500, 700, 2000, 7, -1).max()) == 699
+    nobody = torch.full((900,), -1, device=device)
+    assert (op.partition(nobody, torch.tensor([0, 900], device=device), 3)[1] < 0).all()
 
 
 def rows(device: str) -> None:

@@ -228,6 +228,23 @@ def test_partition_equals_plain_torch(
         assert torch.equal(got.cpu(), want)
 
 
+@pytest.mark.parametrize("form", ["compiled", "plain"])
+@pytest.mark.parametrize("ranks", [1, 3, 256])
+@pytest.mark.parametrize("nobody", [-1, 0, 2**40, -(2**63)])
+def test_items_without_an_owner_come_last_and_show_in_every_size(
+    device: str, compiled: Ops, plain: Ops, form: str, ranks: int, nobody: int
+) -> None:
+    nobody = nobody or ranks  # the first number that is no rank
+    bounds, owner = torch.tensor([0, 700, 700, 1000]), torch.arange(1000) % ranks
+    owner[5] = owner[699] = nobody
+    operator = compiled("partition") if form == "compiled" else plain("partition")
+    order, sizes = (x.cpu() for x in operator(owner.to(device), bounds.to(device), ranks))
+    assert bool((sizes[:, 0] < 0).all()) and not sizes[:, 1].any()
+    assert sizes[:, 2].tolist() == torch.bincount(owner[700:], minlength=ranks).tolist()
+    assert order[-2:].tolist() == [5, 699]
+    assert order.tolist() == sorted(range(1000), key=lambda i: (i in (5, 699), int(owner[i])))
+
+
 @pytest.mark.parametrize("bounds", [[0, 50_000], [0, 0, 20_000, 20_001, 50_000]])
 def test_partition_of_long_samples(device: str, compiled: Ops, plain: Ops, bounds: list[int]) -> None:
     owner = torch.randint(0, 8, (50_000,), generator=torch.Generator().manual_seed(0))
@@ -242,6 +259,7 @@ def test_torch_accepts_the_operators(device: str, compiled: Ops) -> None:
     torch.library.opcheck(compiled("unique").default, (tokens, lengths, 6))
     torch.library.opcheck(compiled("unique").default, (tokens.view(-1), torch.tensor([0, 4, 6], device=device), 6))
     torch.library.opcheck(compiled("owners").default, (tokens.view(-1), 3, 100, 7))
+    torch.library.opcheck(compiled("local_rows").default, (tokens.view(-1), 2, 5, 100, 7, -1))
     bounds = torch.tensor([0, 2, 3], device=device)
     torch.library.opcheck(compiled("partition").default, (torch.tensor([1, 0, 1], device=device), bounds, 2))
 
