@@ -14,7 +14,7 @@ from ta_plugin.ops.planning import UNIQUE
 from ta_plugin.unique_space import INT32_MAX, UniqueSpace, bad_lengths, check_padded, packed_extents
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BoundedSpace(UniqueSpace):
     """A unique space that has the given number of rows and an occurrence for every slot, whatever the batch holds.
 
@@ -49,6 +49,11 @@ class BoundedSpace(UniqueSpace):
         distinct, cu_seqlens, counts, cu_occurrences, *segments, slots, found = UNIQUE(tokens, extents, rows)
         # rows that do not fit are 0 in all but `order` and `cu_occurrences`, which nothing reads past the offsets
         return cls(distinct, cu_seqlens, counts, cu_occurrences, Segments(*segments), found=found), slots
+
+    def __repr__(self) -> str:
+        """Bounds: the host knows no more."""
+        room = f"room for {self.num_rows} rows, {self.num_occurrences} occurrences"
+        return f"BoundedSpace({self.num_samples} samples, {room}, {self.tokens.device})"
 
     def check(self) -> None:
         """Raise the ValueError that could not be raised when the space was built. Reads the device."""

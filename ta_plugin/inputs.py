@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.checks import check_cutoffs, check_grid, check_lengths, check_queries, check_side, check_tokens
-from ta_plugin.strategies.request import Encoder
+from ta_plugin.strategies.request import AttentionModules, Encoder
 
 OPTIONAL = ("targets", "queries", "target_lengths", "target_cutoffs", "bias", "value_term", "multiplier", "encode")
 
@@ -32,25 +32,25 @@ class Inputs:
     multiplier: Tensor | None = None
     encode: Encoder | None = None
 
-    def check(
-        self,
-        shape: tuple[int, int],
-        device: torch.device,
-        vocab_size: int | None,
-        num_heads: int,
-        num_kv_heads: int,
-        bounded: bool = False,
-    ) -> None:
-        """Raise ValueError for what is wrong with this rank's arguments; where sizes are `bounded`, without reading the device."""
+    def check(self, shape: tuple[int, int], vocab_size: int | None, modules: AttentionModules) -> None:
+        """Raise ValueError for what is wrong with this rank's arguments; where sizes are bounded, without reading the device."""
+        device, projections, bounded = modules.group.device, modules.projections, modules.bounds is not None
         if self.lengths is None:
             raise ValueError("lengths is None; pass (B,) int64, L for a sample without padding")
         check_tokens("tokens", self.tokens, device, vocab_size, self.lengths, shape, read=not bounded)
         if bounded:
             self._check_bounded()
         self._check_targets(device, vocab_size, read=not bounded)
+        num_heads, num_kv_heads = projections.num_heads, projections.num_kv_heads
         check_side("bias", self.bias, self.tokens, {num_heads})
         check_side("multiplier", self.multiplier, self.tokens, {num_heads})
         check_side("value_term", self.value_term, self.tokens, {num_heads, num_kv_heads}, trailing=1)
+        width = getattr(modules.embedding_fn, "embedding_dim", None)
+        held = width if self.encode is None else None  # what an encoder makes of it, it knows alone
+        asked = held if self.targets is None else width
+        if self.queries is not None:
+            asked = self.queries.shape[2]
+        projections.check_widths(asked, held, self.queries is not None, modules.scoring.score is None)
 
     def packed_targets(self) -> PackedTargets | None:
         """The valid target slots, or None in self-attention."""

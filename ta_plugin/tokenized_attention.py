@@ -376,14 +376,7 @@ class TokenizedAttention(nn.Module):
             flags = gradient_flags(self._dense_parameters(), getattr(self.embedding_fn, "table", self.embedding_fn))
         error: Exception | None = None
         try:
-            heads = self.projections.num_heads, self.projections.num_kv_heads
-            inputs.check(
-                (self.batch_size, self.sequence_length),
-                self.group.device,
-                self.vocab_size,
-                *heads,
-                self.bounds is not None,
-            )
+            inputs.check((self.batch_size, self.sequence_length), self.vocab_size, self._parts())
             targets = inputs.packed_targets()
             if targets is None and self.include_self:
                 raise ValueError(

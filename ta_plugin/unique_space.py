@@ -95,6 +95,14 @@ class UniqueSpace:
         segments = Segments(found.inverse, found.order, found.offsets)
         return cls(found.distinct, found.cu_seqlens, found.counts, found.cu_occurrences, segments)
 
+    def __repr__(self) -> str:
+        """Sizes, which the host knows."""
+        rows = self.num_rows - self.spare_rows
+        spare = f" and {self.spare_rows} spare" if self.spare_rows else ""
+        repeats = f"L/U {self.num_occurrences / rows:.2f}" if rows else "L/U undefined"
+        where = f"{self.num_occurrences} occurrences, {repeats}, {self.tokens.device}"
+        return f"UniqueSpace({self.num_samples} samples, {rows} rows{spare}, {where})"
+
     @property
     def num_samples(self) -> int:
         return self.cu_seqlens.numel() - 1

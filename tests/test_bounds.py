@@ -274,3 +274,8 @@ def test_bounds_by_themselves() -> None:
     assert bounds.distinct(torch.tensor([2**62, 5])).tokens.tolist() == [2**62, 5]  # no vocabulary: every id is one
     assert bool(bounds.settle())
     bounds.check()
+
+
+def test_a_bounded_space_is_shown_by_its_bounds() -> None:
+    space = BoundedSpace.of_padded(torch.tensor([[7, 8, 7], [9, 9, 9]]), torch.tensor([3, 2]), 30)
+    assert repr(space) == "BoundedSpace(2 samples, room for 30 rows, 6 occurrences, cpu)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ta_plugin import ShardedTokenEmbedding, TokenizedAttention, UniqueSpace
 from ta_plugin.attention import Scoring, self_attention, weighted_attention
@@ -18,6 +18,12 @@ SPACE = UniqueSpace.from_padded(torch.tensor([[1, 2, 1]]), torch.tensor([3]))  #
 ROWS, MORE = torch.zeros(2, 1, 4), torch.zeros(3, 1, 4)
 BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
 FIT, LONG = torch.tensor([0, 2]), torch.tensor([0, 3])
+
+
+def asked(targets: str, width: int = 4, encode: Any = None, **options: Any) -> Tensor:
+    """Target attention by "targets" or "queries" (1, 2, width)."""
+    given = {"targets": torch.zeros(1, 2).long(), "queries": torch.zeros(1, 2, width)}[targets]
+    return attention(**options)(torch.zeros(1, 3).long(), torch.tensor([3]), encode=encode, **{targets: given})
 
 
 def attention(**options: Any) -> TokenizedAttention:
@@ -46,6 +52,27 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "nranks is 2, but the group has 1 rank(s); initialise torch.distributed first, or pass nranks=1": lambda: attention(
         nranks=2
     ),
+    "queries have width 6, a head_dim of 6 over 1 head(s), but keys have 4; pass queries of width 4": lambda: asked(
+        "queries", 6
+    ),
+    "queries have width 4, a head_dim of 4 over 1 head(s), but keys have 8; pass queries of width 8": lambda: asked(
+        "queries", key=nn.Linear(4, 8)
+    ),
+    "queries have width 6, but query takes 4; pass queries of width 4": lambda: asked(
+        "queries", 6, query=nn.Linear(4, 4)
+    ),
+    "embedding_fn gives rows of width 4, but query takes 6; pass a query map with in_features=4": lambda: asked(
+        "targets", query=nn.Linear(6, 4)
+    ),
+    "embedding_fn gives rows of width 4, but value takes 6; pass a value map with in_features=4": lambda: asked(
+        "queries", value=nn.Linear(6, 4)
+    ),
+    "queries have head_dim 8 over 1 head(s), keys 4 over 1; pass query and key maps (out_features)": lambda: asked(
+        "targets", query=nn.Linear(4, 8)
+    ),
+    "key gives rows of width 4; pass a multiple of its 3 heads": lambda: asked(
+        "targets", num_heads=3, query=nn.Linear(4, 6)
+    ),
     "lengths is None; pass (B,) int64": lambda: attention()(torch.zeros(1, 3).long(), None),
 }
 
@@ -54,3 +81,16 @@ MISTAKES: dict[str, Callable[[], object]] = {
 def test_the_message_names_argument_value_and_remedy(says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
         MISTAKES[says]()
+
+
+def test_widths_that_only_the_caller_knows_are_not_refused() -> None:
+    """Queries of their own width with a map for it, keys of an encoder's, and scores that are no dot product."""
+
+    class Difference(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return (q[..., :2] - k[..., :2]).square().sum(-1)
+
+    assert asked("queries", 6, query=nn.Linear(6, 4)).shape == (1, 2, 4)
+    assert asked("queries", 6, score=Difference()).shape == (1, 2, 4)
+    wider = {"key": nn.Linear(9, 4), "value": nn.Linear(9, 5)}
+    assert asked("targets", encode=lambda rows, space: rows.repeat(1, 3)[:, :9], **wider).shape == (1, 2, 5)

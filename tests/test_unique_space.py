@@ -241,3 +241,12 @@ def test_wrong_input_is_named(build: Any, match: str) -> None:
     with pytest.raises(ValueError) as error:
         build()
     assert match in str(error.value)
+
+
+def test_a_space_is_shown_by_its_sizes() -> None:
+    space = UniqueSpace.from_padded(torch.tensor([[7, 8, 7], [9, 9, 9]]), torch.tensor([3, 2]))
+    assert repr(space) == "UniqueSpace(2 samples, 3 rows, 5 occurrences, L/U 1.67, cpu)"
+    assert "3 rows and 1 spare, 5 occurrences, L/U 1.67" in repr(space.with_spare_rows(4))
+    assert "0 rows, 0 occurrences, L/U undefined" in repr(UniqueSpace.from_packed(torch.zeros(0, dtype=torch.int64)))
+    on_meta = UniqueSpace.of_rows(torch.zeros(3, dtype=torch.int64, device="meta"), torch.zeros(2, device="meta"))
+    assert "1 samples, 3 rows" in repr(on_meta)  # no value is read

@@ -43,6 +43,44 @@ class HeadProjections(nn.Module):
         v = as_heads(rows if self.value is None else self.value(rows), self.num_kv_heads, "value")
         return k, v
 
+    def check_widths(self, asked: int | None, held: int | None, given: bool, dot: bool) -> None:
+        """Raise ValueError where rows do not fit the maps, as far as widths are known.
+
+        asked, held: E of what is mapped to queries, and to keys and values; None where it is not known
+        given:       whether the caller passed `queries`, rather than ids whose rows the embedding gives
+        dot:         whether scores are dot products, for which queries and keys share head_dim
+        """
+        q = self._head_dim("query", asked, self.num_heads, given)
+        k = self._head_dim("key", held, self.num_kv_heads, False)
+        self._head_dim("value", held, self.num_kv_heads, False)
+        if not dot or q is None or k is None or q == k:
+            return
+        if given and self.query is None:
+            raise ValueError(
+                f"queries have width {asked}, a head_dim of {q} over {self.num_heads} head(s), but keys have {k}; pass queries of width "
+                f"{k * self.num_heads}, or a query map"
+            )
+        raise ValueError(
+            f"queries have head_dim {q} over {self.num_heads} head(s), keys {k} over {self.num_kv_heads}; pass query and key maps "
+            "(out_features) of one head_dim"
+        )
+
+    def _head_dim(self, name: str, width: int | None, heads: int, given: bool) -> int | None:
+        """The head_dim that the map `name` gives rows of a width; None where nobody says."""
+        module = getattr(self, name)
+        takes, gives = (
+            (width, width) if module is None else (_size(module, "in_features"), _size(module, "out_features"))
+        )
+        if None not in (takes, width) and takes != width:
+            raise ValueError(
+                f"queries have width {width}, but query takes {takes}; pass queries of width {takes}"
+                if given
+                else f"embedding_fn gives rows of width {width}, but {name} takes {takes}; pass a {name} map with in_features={width}"
+            )
+        if gives is not None and gives % heads:
+            raise ValueError(f"{name} gives rows of width {gives}; pass a multiple of its {heads} heads")
+        return None if gives is None else gives // heads
+
     @property
     def absorbable(self) -> bool:
         """Whether keys and values are linear in the embedding, so that their maps can move to the queries and the output.
@@ -136,6 +174,11 @@ def _from_groups(x: Tensor, heads: int) -> Tensor:
     if heads == groups:
         return x.transpose(0, 1)
     return x.view(groups, -1, heads // groups, width).transpose(0, 1).reshape(-1, heads, width)
+
+
+def _size(module: nn.Module, name: str) -> int | None:
+    size = getattr(module, name, None)
+    return size if isinstance(size, int) else None
 
 
 def with_one(rows: Tensor, spare: int = 0) -> Tensor:

@@ -39,6 +39,18 @@ def test_without_a_compiler_the_fallback_says_so() -> None:
     assert "[1.0, 2.0]" in out
 
 
+def test_without_deepspeed_the_remedy_is_one_that_works() -> None:
+    code = (
+        "import sys\nclass Gone:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'deepspeed': raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Gone()); print(load_op('segment_sum').reason)"
+    )
+    out = in_fresh_python(SUM + code)
+    assert "DeepSpeed, whose op builders compile it, is not installed; pip install deepspeed, or in a checkout" in out
+    assert "ta_plugin[" not in out  # of no index
+
+
 def test_a_call_on_the_cpu_compiles_nothing() -> None:
     code = (
         "print(segment_sum(torch.ones(3, 1), segments).flatten().tolist())\n"

@@ -47,7 +47,10 @@ def missing_extension(spec: OpSpec) -> str | None:
     return missing_for(spec)
 
 
-_NO_DEEPSPEED = "DeepSpeed, whose op builders compile it, is not installed; pip install ta_plugin[deepspeed]"
+_NO_DEEPSPEED = (
+    "DeepSpeed, whose op builders compile it, is not installed; pip install deepspeed, or in a checkout of ta_plugin "
+    'pip install ".[deepspeed]"'
+)
 
 
 def prebuilt(spec: OpSpec) -> Any | None:
