@@ -41,11 +41,13 @@ def _gradient_in_torch(
     """d outs_n = share_n dout; d lse_n = share_n (dout . outs_n - sum_m share_m dout . outs_m + dlse)."""
     wide = _wide(outs, lses)
     share = _shares(lses.to(wide), lse.to(wide))
-    grad_out = grad_out.to(wide)
-    dots = (grad_out * outs.to(wide).masked_fill((lses == -torch.inf).unsqueeze(-1), 0.0)).sum(-1)
+    grad_out, absent = grad_out.to(wide), lses == -torch.inf
+    dots = (grad_out * outs.to(wide).masked_fill(absent.unsqueeze(-1), 0.0)).sum(-1)
     grad_lses = share * (dots - (share * dots).sum(0) + grad_lse.to(wide))
     grad_outs = share.unsqueeze(-1) * grad_out
-    return grad_outs.to(outs.dtype), grad_lses.masked_fill(lses == -torch.inf, 0.0).to(lses.dtype)
+    # masked, not only times 0: what arrives may be NaN where every partial is absent
+    grad_outs, grad_lses = grad_outs.masked_fill(absent.unsqueeze(-1), 0.0), grad_lses.masked_fill(absent, 0.0)
+    return grad_outs.to(outs.dtype), grad_lses.to(lses.dtype)
 
 
 def _gradient_like(

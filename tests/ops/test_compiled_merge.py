@@ -51,6 +51,25 @@ def test_compiled_equals_plain_torch(
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", ["compiled", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 2, 8), (3, 5, 2, 7), (9, 5, 2, 20)], ids=str)
+def test_absent_partials_get_no_gradient_whatever_arrives(
+    device: str, compiled: Ops, plain: Ops, form: str, shape: Any, dtype: torch.dtype
+) -> None:
+    outs, lses = partials(shape, 0.0, device, dtype)
+    lses[:, 1], outs[:, 1] = -torch.inf, torch.nan  # all of one query, and one partial of another
+    lses[0, 2], outs[0, 2] = -torch.inf, torch.nan
+    gone = lses == -torch.inf
+    op = compiled if form == "compiled" else plain
+    out, lse = op("merge")(outs, lses, None)
+    arriving = [torch.ones_like(out), torch.ones_like(lse)]
+    for x in arriving:
+        x[1] = torch.nan  # as after log(0) or 0 / 0 downstream
+    for grad in op("merge_backward")(*arriving, outs, lses, lse):
+        assert bool((grad[gone] == 0).all()) and bool(grad.isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("shape", [(2, 77, 4, 128), (8, 5, 3, 64), (3, 9, 2, 20), (4, 6, 1, 7)], ids=str)
 def test_low_precision_is_one_rounding_away_from_float64(device: str, shape: Any, dtype: torch.dtype) -> None:
