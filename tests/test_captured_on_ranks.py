@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,13 +107,43 @@ def a_capture_fails_on_one_rank() -> str:
             raise RuntimeError("out of something")
         return bounded(*inputs)
 
+    text = ""
     try:
         CapturedStep(step, [model], batch(0, group.rank))
     except ValueError as error:
-        return str(error)
-    return ""
+        text = str(error)
+    again = CapturedStep(bounded, [model], batch(0, group.rank))  # nobody was left waiting, and no capture is open
+    assert torch.equal(again(*batch(1, group.rank)), bounded(*batch(1, group.rank)))
+    return text
 
 
 @pytest.mark.skipif(not ON_GPUS, reason="needs GPUs")
 def test_a_capture_that_fails_on_one_rank_fails_on_all(rank_pools: Any) -> None:
     assert set(rank_pools(2).run(a_capture_fails_on_one_rank)) == {"rank 1 of 2: out of something"}
+
+
+def a_stand_in_capture_fails_on_one_rank() -> str:
+    """The same where nothing can be captured: torch.cuda is a stand-in, and the step sends nothing."""
+    group, calls = SSPGroup(dist.group.WORLD), []
+    model, *_ = build(group, torch.float32, row_bound=B * L)
+
+    def step(x: Tensor) -> Tensor:
+        calls.append(x)
+        if group.rank == 1 and len(calls) == 3:  # warmed up twice
+            raise RuntimeError("out of something")
+        return x
+
+    captured = CapturedStep(step, [model], [torch.zeros(1)])
+    try:
+        with mock.patch.object(torch, "cuda", mock.MagicMock()):
+            captured._capture(2)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(ON_GPUS, reason="captures there")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_stand_in_capture_that_fails_on_one_rank_fails_on_all(rank_pools: Any, ranks: int) -> None:
+    found = rank_pools(ranks).run(a_stand_in_capture_fails_on_one_rank)
+    assert set(found) == {f"rank 1 of {ranks}: out of something"}

@@ -53,6 +53,10 @@ def save_rank(folder: Path, **state: object) -> None:
 def load_rank(folder: Path) -> dict[str, object]:
     """What `save_rank` wrote. Raises ValueError for another number of ranks."""
     saved = len(list(folder.glob("rank_*.pt")))
+    if saved == 0:
+        raise ValueError(
+            f"--load is {folder.parent}, which was not written by CPU processes; load it on GPUs, as it was written"
+        )
     if saved != dist.get_world_size():
         raise ValueError(
             f"--load is {folder.parent}, written by {saved} CPU processes; start {saved}, not {dist.get_world_size()} "

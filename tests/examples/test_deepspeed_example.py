@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_interactions import write_interactions
@@ -67,3 +69,15 @@ def test_two_nodes_train_and_resume(tmp_path: Path) -> None:
     assert "resumed after step 5" in again and re.search(r"step 7/7: loss \d", again)
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5_000
     assert (tmp_path / "run" / "global_step7" / "tokenized_attention").is_dir()
+
+
+def test_resuming_where_nothing_was_saved_is_refused() -> None:
+    spec = importlib.util.spec_from_file_location("deepspeed_example", ROOT / "examples/deepspeed/train.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    engine = SimpleNamespace(load_checkpoint=lambda folder: (None, {}))  # what DeepSpeed's gives for such a folder
+    with pytest.raises(
+        SystemExit, match="--resume: runs/none holds no checkpoint; leave --resume out, or name its folder"
+    ):
+        example.resume(engine, "runs/none")

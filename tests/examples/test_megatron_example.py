@@ -60,6 +60,8 @@ def test_another_number_of_cpu_processes_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(ROOT / "examples/megatron"))
     import checkpoints
 
+    with pytest.raises(ValueError, match="was not written by CPU processes; load it on GPUs"):
+        checkpoints.load_rank(tmp_path)
     for rank in range(2):
         (tmp_path / f"rank_{rank}.pt").touch()
     monkeypatch.setattr(checkpoints.dist, "get_world_size", lambda: 1)
