@@ -21,9 +21,13 @@ if [ "${1:-}" = --megatron ]; then
   script=examples/megatron/pretrain_recommender.py
 fi
 
+case " $* " in
+  *" --help "*) exec "$VENV/bin/python" -W ignore "$script" --help ;;  # once, not by every process
+esac
+
 options=()
 case " $* " in
-  *" --inter "* | *" --help "*) ;;
+  *" --inter "*) ;;
   *)
     PYTHON=$VENV/bin/python bash examples/movielens.sh data/ml-100k
     options=(--inter data/ml-100k/ml-100k.inter)

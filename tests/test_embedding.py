@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import ON_GPUS
 from torch import Tensor, nn
 
 from ta_plugin import ShardedTokenEmbedding, SSPGroup, UniqueSpace, clip_grad_norm_, create_ssp_group
@@ -314,6 +315,7 @@ def asked_for_the_others_ids() -> str:
     return ""
 
 
+@pytest.mark.skipif(ON_GPUS, reason="ends the process there: tests/test_cuda.py")
 def test_a_table_that_is_asked_for_what_another_rank_holds_names_that_rank(rank_pools: Any) -> None:
     for rank, text in enumerate(rank_pools(2).run(asked_for_the_others_ids)):
         assert text == (

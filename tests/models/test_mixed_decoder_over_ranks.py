@@ -57,14 +57,15 @@ def pieces(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return grids[0], grids[1], lengths
 
 
-def model_of(case: Case) -> MixedDecoder:
+def model_of(config: MixedDecoderConfig) -> MixedDecoder:
+    """Where the tensors of tests are."""
     torch.manual_seed(0)
-    return MixedDecoder(case.config).double()
+    return MixedDecoder(config).double().to(torch.empty(0).device)
 
 
 def check(case: Case) -> None:
     group = SSPGroup(dist.group.WORLD if case.ranks > 1 else None)
-    samples, expected = whole(case), model_of(case)
+    samples, expected = whole(case), model_of(case.config)
     ids, labels = (torch.cat([sample[i] for sample in samples]) for i in range(2))
     bounds = torch.tensor([0] + [sum(n) for n in case.sizes]).cumsum(0)
     want = expected(ids, bounds, plan=expected.plan(ids, bounds, 4))
@@ -73,7 +74,7 @@ def check(case: Case) -> None:
         (b, p): x for b, n in enumerate(case.sizes) for p, x in enumerate(want[bounds[b] : bounds[b + 1]].split(n))
     }
 
-    model = model_of(case)
+    model = model_of(case.config)
     tokens, labels, lengths = pieces(case, group.rank)
     mine = (zigzag(case.ranks) if case.places is None else case.places)[group.rank]
     split = model.plan_over_ranks(tokens, lengths, group, places=case.places, chunk=case.chunk)
@@ -113,7 +114,7 @@ def test_ranks_equal_one_rank(rank_pools: Pools, ranks: int) -> None:
 
 def sent_by_windows(sizes: tuple[int, ...]) -> int:
     group = SSPGroup(dist.group.WORLD)
-    model = MixedDecoder(replace(CONFIG, num_layers=1))
+    model = model_of(replace(CONFIG, num_layers=1))
     lengths = torch.tensor([[sizes[p] for p in zigzag(2)[group.rank]]])
     split = model.plan_over_ranks(torch.zeros(1, 2, max(sizes), dtype=torch.int64), lengths, group)
     model.over_ranks(split)
