@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import zlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationError
@@ -29,7 +29,7 @@ class RowOptimizerConfig(DeepSpeedConfigModel):
 
     type: Literal["rowwise_adagrad", "adagrad", "lazy_adam", "sgd"] = "rowwise_adagrad"
     lr: float | None = Field(default=None, gt=0)
-    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     eps: float = Field(default=1e-8, gt=0)
 
     def build(self) -> RowOptimizer:

@@ -126,6 +126,7 @@ _NAMES = ("SSP", "SSP_REPLICAS", "TP_SSP_PP")
 
 def collection_of(pg_collection: ProcessGroupCollection | None) -> ProcessGroupCollection:
     """The collection itself, or the one of `initialize_model_parallel`. Raises ValueError when there is neither."""
+    _check_attached(pg_collection)
     if pg_collection is None and not parallel_state.is_initialized():
         raise ValueError(
             "pg_collection is None, and Megatron has no groups yet; call parallel_state.initialize_model_parallel first"
@@ -135,11 +136,17 @@ def collection_of(pg_collection: ProcessGroupCollection | None) -> ProcessGroupC
 
 def ssp_group(pg_collection: ProcessGroupCollection) -> SSPGroup:
     """The core's view of a collection's SSP group: one rank where none is attached."""
+    _check_attached(pg_collection)
     group = getattr(pg_collection, "ssp", None)
     if group is None:
         return SSPGroup(None)
     replicas = pg_collection.ssp_replicas
     return SSPGroup(group, replicas=replicas if replicas.size() > 1 else None)
+
+
+def _check_attached(pg_collection: object) -> None:
+    if isinstance(pg_collection, SSPGroups):
+        raise ValueError("pg_collection is what create_ssp_groups returned; pass create_ssp_groups(size).attach()")
 
 
 def _create(rank_lists: list[list[int]], name: str) -> ProcessGroup:

@@ -317,8 +317,10 @@ def get_token_keyed_block_spec(
     use_sdpa: torch's scaled_dot_product_attention in local stock layers, as in `get_mixed_block_spec`; it wants an attention_mask, which
               then holds the window too, and under context parallelism is (B, 1, L / N, L) of this rank's positions onto all
     """
-    if every < 1:
-        raise ValueError(f"every is {every}; pass 1 (all layers) or more")
+    if not 1 <= every <= config.num_layers:
+        raise ValueError(
+            f"every is {every}; pass 1 (all layers) to {config.num_layers} (the last), the number of layers, or no layer is token-keyed"
+        )
     engine = has_transformer_engine() if use_transformer_engine is None else use_transformer_engine
     keyed = get_token_keyed_layer_spec(config, vocab_size, use_transformer_engine=engine, **options)
     stock = stock_spec(config, engine)

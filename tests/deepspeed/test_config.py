@@ -34,6 +34,11 @@ def message_of(block: dict[str, Any], key: str = "tokenized_attention", extra: d
         ({"strategy": "circle"}, "tokenized_attention", "tokenized_attention.strategy is 'circle'"),
         ({"backend": "sdap"}, "tokenized_attention", "tokenized_attention.backend: backend is 'sdap'"),
         ({"optimizer": {"typ": "sgd"}}, "tokenized_attention", "optimizer.typ is no known key; did you mean 'type'"),
+        (
+            {"optimizer": {"type": "lazy_adam", "betas": [0.9, 1.0]}},
+            "tokenized_attention",
+            "tokenized_attention.optimizer.betas.1 is 1.0: input should be less than 1",
+        ),
         ({"optimizer": "adam"}, "tokenized_attention", "optimizer is 'adam'; write an object of options"),
         (
             {"embeddings": ["tok*"]},

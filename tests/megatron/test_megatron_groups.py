@@ -10,7 +10,7 @@ from layouts import Layout, megatron
 from megatron.core import parallel_state
 from ranks import RankPool
 
-from ta_plugin.megatron import SSPRanks, create_ssp_groups, ssp_group
+from ta_plugin.megatron import SSPGroups, SSPRanks, create_ssp_groups, ssp_group
 from ta_plugin.megatron.groups import collection_of
 
 pytestmark = pytest.mark.newest
@@ -87,6 +87,13 @@ def beside_other_experts() -> str:
 def test_experts_and_rows_share_one_layout(megatron_ranks: Callable[[int], RankPool]) -> None:
     for message in megatron_ranks(4).run(beside_other_experts):
         assert "ssp size is 4 beside expert parallel size 2" in message
+
+
+def test_groups_that_were_not_attached_say_how() -> None:
+    groups = SSPGroups(*[object()] * 3)  # type: ignore[arg-type]
+    for take in (collection_of, ssp_group):
+        with pytest.raises(ValueError, match=r"pass create_ssp_groups\(size\)\.attach\(\)"):
+            take(groups)  # type: ignore[arg-type]
 
 
 def test_without_groups_what_to_call_is_said() -> None:

@@ -86,8 +86,11 @@ def test_a_wrong_plan_on_one_context_parallel_rank_raises_on_both(megatron_ranks
 def test_refusals() -> None:
     tokens, _ = batch()
     config = config_of(Layout())
-    with pytest.raises(ValueError, match="every is 0"):
-        get_token_keyed_block_spec(config, VOCAB, every=0)
+    for every in (0, config.num_layers + 1):  # none of the layers would be token-keyed
+        with pytest.raises(
+            ValueError, match=rf"every is {every}; pass 1 \(all layers\) to {config.num_layers} \(the last\)"
+        ):
+            get_token_keyed_block_spec(config, VOCAB, every=every)
     with pytest.raises(ValueError, match="cu_seqlens"):
         plan_causal(tokens, config, cu_seqlens=torch.tensor([0, 2 * LENGTH]))
     with pytest.raises(ValueError, match="without its plan"):
