@@ -13,9 +13,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from typing import Any
 
 TIMEOUT_S = 120  # a test that hangs fails within this time
+AFTER_A_FAILURE_S = 10  # for the others to fail too
 START_S = 180  # importing torch on a busy machine
 ON_GPUS = os.environ.get("TA_TEST_DEVICES") == "cuda"
 MANY_GROUPS = (
@@ -82,15 +84,22 @@ class RankPool:
         for _, pipe in self._workers:
             with contextlib.suppress(OSError):  # of a rank that died, which shows below
                 pipe.send((fn, args))
-        deadline = time.monotonic() + seconds
-        outcomes: list[tuple[bool, Any]] = []
-        for _, pipe in self._workers:
-            try:
-                answered = pipe.poll(max(0.0, deadline - time.monotonic()))
-                outcomes.append(pipe.recv() if answered else (False, f"did not answer within {seconds:.0f} s"))
-            except (EOFError, OSError):
-                outcomes.append((False, "died"))
-        return outcomes
+        begin = time.monotonic()
+        pipes = [pipe for _, pipe in self._workers]
+        outcomes: dict[Any, tuple[bool, Any]] = {}
+        while len(outcomes) < len(pipes):
+            waiting = [pipe for pipe in pipes if pipe not in outcomes]
+            ready = wait(waiting, max(0.0, begin + seconds - time.monotonic()))
+            for pipe in ready:
+                try:
+                    outcomes[pipe] = pipe.recv()
+                except (EOFError, OSError):
+                    outcomes[pipe] = (False, "died")
+                if not outcomes[pipe][0]:  # the others may wait for it for ever
+                    seconds = min(seconds, time.monotonic() - begin + AFTER_A_FAILURE_S)
+            if not ready:
+                outcomes.update((pipe, (False, f"did not answer within {seconds:.0f} s")) for pipe in waiting)
+        return [outcomes[pipe] for pipe in pipes]
 
     def close(self) -> None:
         for process, pipe in self._workers:

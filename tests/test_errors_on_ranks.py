@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import at_most
+from ranks import RankPool, at_most
 from torch import nn
 
 from ta_plugin import TokenizedAttention, create_ssp_group
@@ -276,3 +276,18 @@ def test_what_owner_cannot_do_is_refused() -> None:
         model(tokens, lengths)
     with pytest.raises(ValueError, match="strategy is 'ring' in layout 'sample'; choose one of"):
         TokenizedAttention(BATCH, LENGTH, 1, nn.Embedding(VOCAB, EMBED), strategy="ring")
+
+
+def fails_alone() -> None:
+    assert dist.get_rank() != 1, "what was wrong"
+    time.sleep(90)
+
+
+def test_a_rank_that_fails_is_reported_though_others_wait() -> None:
+    pool, begin = RankPool(2), time.monotonic()
+    try:
+        with pytest.raises(AssertionError, match=r"(?s)rank 0:\ndid not answer within .*rank 1:\n.*what was wrong"):
+            pool.run(fails_alone)
+    finally:
+        pool.close()
+    assert time.monotonic() - begin < 80  # starting included
