@@ -5,7 +5,7 @@
 # Needs pytest, hypothesis and the hosts; operators that are not built are compiled on first use.
 set -uom pipefail  # with job control, what runs in the background can be interrupted and then says how far it came
 cd "$(dirname "$0")/../.."
-parts=(errors core megatron-layouts megatron megatron-checkpoint deepspeed deepspeed-beside deepspeed-checkpoint)
+parts=(errors core rows examples megatron-layouts megatron megatron-checkpoint deepspeed deepspeed-beside deepspeed-checkpoint)
 python=${PYTHON:-python3} only=${1:-${parts[*]}} limit=${LIMIT_S:-1200}
 logs=$(mktemp -d)
 [ "$("$python" -c "import torch; print(torch.cuda.device_count())")" -gt 0 ] || { echo "no GPU that torch sees" >&2; exit 2; }
@@ -24,6 +24,9 @@ part() {  # part NAME PYTEST-ARGUMENTS...
 part errors tests/test_errors_on_ranks.py tests/test_sequence_errors.py tests/parallel -k "not in_vain"  # NCCL ends who waits in vain
 part core tests/test_captured_on_ranks.py tests/test_bounds_on_ranks.py tests/test_precision_on_ranks.py tests/test_tokenized_attention.py \
   tests/test_sequence_layout.py tests/strategies/test_causal_ranks.py tests/strategies/test_ring_traffic.py -k "not test_one_rank"
+part rows tests/test_embedding.py tests/test_routing.py tests/models/test_mixed_decoder_over_ranks.py \
+  -k "mixed_decoder or nobody_owns or every_id or steps_equal_torch_on_ranks or agree or rfc_steps"
+part examples tests/examples/test_megatron_example.py
 part megatron-layouts tests/megatron/test_megatron_layouts.py
 part megatron tests/megatron/test_megatron_bf16.py tests/megatron/test_megatron_sequence.py \
   tests/megatron/test_megatron_token_keyed.py tests/megatron/test_megatron_microbatches.py
