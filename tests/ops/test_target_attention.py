@@ -287,6 +287,28 @@ def test_rows_in_place(device: str, dtype: torch.dtype, heads: int, heads_kv: in
     assert torch.equal(silent, whole["out"]) and len(recorded) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [1, 5])
+@pytest.mark.parametrize("one_table", [True, False])
+def test_places_behind_the_keys_add_nothing(device: str, dtype: torch.dtype, targets: int, one_table: bool) -> None:
+    """As a bounded space leaves them: more places than keys, and those left over name key 0, whose row has members of its own."""
+    case = draw(
+        device,
+        [targets, targets, 1],
+        [300, 20, 7],
+        table=12,
+        heads_kv=2,
+        one_table=one_table,
+        dtype=dtype,
+        weights=None,
+    )
+    segments = Segments.from_index(case.rows, 12)
+    places = (F.pad(x, (0, 700)) for x in (segments.index, segments.order))
+    found = run(case._replace(rows=Segments(*places, segments.offsets)))  # type: ignore[arg-type]
+    for name, expected in run(case).items():
+        assert torch.equal(found[name], expected), name
+
+
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [([], []), ([0, 0], [0, 0]), ([2, 1], [0, 0]), ([0, 0], [3, 5])])
 @pytest.mark.parametrize("one_table", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
