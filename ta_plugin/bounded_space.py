@@ -46,9 +46,13 @@ class BoundedSpace(UniqueSpace):
         """The space, and the slots of its occurrences."""
         if not 1 <= rows <= INT32_MAX:
             raise ValueError(f"rows is {rows}; pass how many distinct rows there may be, 1 to {INT32_MAX}")
-        distinct, cu_seqlens, counts, cu_occurrences, *segments, slots, found = UNIQUE(tokens, extents, rows)
+        wanted = torch.is_grad_enabled()
+        distinct, cu_seqlens, counts, cu_occurrences, inverse, *grouped, slots, found = UNIQUE(
+            tokens, extents, rows, wanted
+        )
         # rows that do not fit are 0 in all but `order` and `cu_occurrences`, which nothing reads past the offsets
-        return cls(distinct, cu_seqlens, counts, cu_occurrences, Segments(*segments), found=found), slots
+        segments = Segments.found(inverse, grouped if wanted else None, counts)
+        return cls(distinct, cu_seqlens, counts, cu_occurrences, segments, found=found), slots
 
     def check(self) -> None:
         """Raise the ValueError that could not be raised when the space was built. Reads the device."""

@@ -1,6 +1,7 @@
 // Distinct tokens of samples of any length, packed or padded, over the whole device. Sorting (sample, id) would need the ids'
 // width; instead a hash table in device memory finds every token's first occurrence, first occurrences are numbered by a
-// prefix sum, and what is sorted are row numbers: 32 bits and no more of them than the occurrences need.
+// prefix sum, and where occurrences are to be grouped by row, what is sorted are row numbers: 32 bits and no more of them than the
+// occurrences need.
 #include <thrust/iterator/transform_iterator.h>
 
 #include <cub/device/device_scan.cuh>
@@ -25,10 +26,9 @@ struct Table {
   uint32_t* claims;  // (slots / 32) bits: which occurrences took their slot for their token
   uint32_t* firsts;  // (slots / 32) bits: which occurrences are first
   uint32_t* before;  // (slots / 32) first occurrences up to the end of each word
-  uint32_t *keys, *keys_sorted, *values, *values_sorted;
+  Pairs pairs;  // rows and occurrences, where they are to be grouped: one key more than there can be rows is of none, sorted last
   void* temporary;
   size_t temporary_bytes, bytes;
-  int bits;
 
   static int64_t words(const Occurrences& x) { return ceil_div(x.slots, 32); }
 
@@ -45,7 +45,7 @@ struct Table {
     return cub::DeviceScan::InclusiveSum(temporary, bytes, counts, sums, int(words), stream);
   }
 
-  static cudaError_t carve(const Occurrences& x, void* workspace, Table* table) {
+  static cudaError_t carve(const Occurrences& x, bool grouped, void* workspace, Table* table) {
     Carver carver{static_cast<char*>(workspace)};
     table->capacity = x.slots + x.slots / 2 + 32;
     table->first = carver.take<uint32_t>(table->capacity);
@@ -53,17 +53,11 @@ struct Table {
     table->claims = carver.take<uint32_t>(words(x));
     table->firsts = carver.take<uint32_t>(words(x));
     table->before = carver.take<uint32_t>(words(x));
-    table->keys = carver.take<uint32_t>(x.slots);
-    table->keys_sorted = carver.take<uint32_t>(x.slots);
-    table->values = carver.take<uint32_t>(x.slots);
-    table->values_sorted = carver.take<uint32_t>(x.slots);
-    table->bits = bit_length(uint64_t(x.slots));  // one key more than there can be rows: no occurrence, sorted last
-    size_t sorting, scanning = 0;
-    TA_RETURN_IF_ERROR(sort_bytes(x.slots, table->bits, &sorting));
     uint32_t* none = nullptr;
-    TA_RETURN_IF_ERROR(table->scan(nullptr, scanning, none, none, words(x), nullptr));
-    table->temporary_bytes = sorting > scanning ? sorting : scanning;
+    table->temporary_bytes = 0;
+    TA_RETURN_IF_ERROR(table->scan(nullptr, table->temporary_bytes, none, none, words(x), nullptr));
     table->temporary = carver.take<char>(int64_t(table->temporary_bytes));
+    if (grouped) TA_RETURN_IF_ERROR(Pairs::carve(carver, x.slots, bit_length(uint64_t(x.slots)), &table->pairs));
     table->bytes = carver.used;
     return cudaSuccess;
   }
@@ -120,6 +114,7 @@ __global__ void __launch_bounds__(kThreads)
   if (valid) table.slot[occurrence] = shared ? leader : slot;
   const unsigned claims = __ballot_sync(kFull, claimed);
   if (lane() == 0 && occurrence < x.slots) table.claims[occurrence / 32] = claims, table.firsts[occurrence / 32] = 0;
+  if (!out.grouped() && occurrence < x.slots && occurrence < out.capacity) out.counts[occurrence] = 0;  // there are no more rows
 }
 
 // Whoever took a slot marks the first occurrence that ended up there.
@@ -130,26 +125,76 @@ __global__ void __launch_bounds__(kThreads) first_kernel(const Occurrences x, co
   atomicOr(table.firsts + first / 32, 1u << first % 32);
 }
 
+// Counts of rows, by a block that meets hot ones often: in shared memory where a row finds its place free, and added to the batch's then.
+struct BlockCounts {
+  static constexpr int kPlaces = 512;
+  uint32_t rows[kPlaces], counts[kPlaces];
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kPlaces; i += kThreads) rows[i] = kEmpty, counts[i] = 0;
+  }
+  __device__ static void add(const Unique& out, uint32_t row, uint32_t count) {
+    if (row < out.capacity) atomicAdd(reinterpret_cast<unsigned long long*>(out.counts) + row, (unsigned long long)count);
+  }
+  __device__ void one(const Unique& out, uint32_t row) {
+    const int place = row % kPlaces;
+    uint32_t owner = *const_cast<volatile uint32_t*>(rows + place);
+    if (owner == kEmpty) owner = atomicCAS(rows + place, kEmpty, row);
+    if (owner == kEmpty || owner == row)
+      atomicAdd(counts + place, 1u);
+    else
+      add(out, row, 1);
+  }
+  __device__ void leave(const Unique& out) const {
+    for (int i = threadIdx.x; i < kPlaces; i += kThreads)
+      if (counts[i] > 0) add(out, rows[i], counts[i]);
+  }
+};
+
+constexpr int kNumbered = 4;  // occurrences a thread
+
 __global__ void __launch_bounds__(kThreads) number_kernel(const Occurrences x, const Unique out, const Table table) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  __shared__ BlockCounts block;
+  const bool grouped = out.grouped();
+  if (!grouped) {
+    block.clear();
+    __syncthreads();
+  }
+  const int64_t begin = int64_t(blockIdx.x) * kThreads * kNumbered + threadIdx.x;
   const int64_t members = out.sizes[kOccurrences];
-  if (i == 0 && members > 0) out.sizes[kRows] = table.rank(members - 1);
-  if (i <= x.samples) {
+  if (begin == 0 && members > 0) out.sizes[kRows] = table.rank(members - 1);
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i <= x.samples; i += int64_t(gridDim.x) * kThreads) {
     const int64_t bound = out.cu_occurrences[i];
     out.cu_seqlens[i] = bound > 0 ? int32_t(table.rank(bound - 1)) : 0;
   }
-  if (i >= x.slots) return;
-  table.values[i] = uint32_t(i);
-  if (i >= members) {
-    table.keys[i] = (uint64_t(1) << table.bits) - 1;
-    return;
+  uint32_t first[kNumbered], row[kNumbered];
+#pragma unroll
+  for (int j = 0; j < kNumbered; ++j) {
+    const int64_t i = begin + j * kThreads;
+    first[j] = i < members ? table.slot[i] : 0;
   }
-  const uint32_t first = table.first[table.slot[i]], row = table.rank(first) - 1;
-  out.inverse[i] = row;
-  table.keys[i] = row;
-  if (first != i || row >= out.capacity) return;
-  const int64_t sample = x.padded ? sample_of(out.cu_occurrences, x.samples, i) : 0;
-  out.distinct[row] = x.tokens[x.padded ? i + sample * x.length - out.cu_occurrences[sample] : i];
+#pragma unroll
+  for (int j = 0; j < kNumbered; ++j) first[j] = begin + j * kThreads < members ? table.first[first[j]] : 0;
+#pragma unroll
+  for (int j = 0; j < kNumbered; ++j) row[j] = begin + j * kThreads < members ? table.rank(first[j]) - 1 : 0;
+#pragma unroll
+  for (int j = 0; j < kNumbered; ++j) {
+    const int64_t i = begin + j * kThreads;
+    if (i >= x.slots) break;
+    if (grouped) {
+      table.pairs.values[i] = uint32_t(i);
+      table.pairs.keys[i] = i < members ? row[j] : (uint64_t(1) << table.pairs.bits) - 1;
+    }
+    if (i >= members) continue;
+    out.inverse[i] = row[j];
+    if (!grouped) block.one(out, row[j]);
+    if (first[j] != i || row[j] >= out.capacity) continue;
+    const int64_t sample = x.padded ? sample_of(out.cu_occurrences, x.samples, i) : 0;
+    out.distinct[row[j]] = x.tokens[x.padded ? i + sample * x.length - out.cu_occurrences[sample] : i];
+  }
+  if (grouped) return;
+  __syncthreads();
+  block.leave(out);
 }
 
 __global__ void __launch_bounds__(kThreads) order_kernel(const Occurrences x, const Unique out, const Table table) {
@@ -157,9 +202,9 @@ __global__ void __launch_bounds__(kThreads) order_kernel(const Occurrences x, co
   const int64_t members = out.sizes[kOccurrences], rows = out.sizes[kRows];
   if (i == 0 && rows <= out.capacity) out.offsets[rows] = members;
   if (i >= members) return;
-  out.order[i] = table.values_sorted[i];
-  const uint32_t row = table.keys_sorted[i];
-  if ((i == 0 || table.keys_sorted[i - 1] != row) && row <= out.capacity) out.offsets[row] = i;
+  out.order[i] = table.pairs.values_sorted[i];
+  const uint32_t row = table.pairs.keys_sorted[i];
+  if ((i == 0 || table.pairs.keys_sorted[i - 1] != row) && row <= out.capacity) out.offsets[row] = i;
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const Unique out) {
@@ -170,9 +215,9 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const Unique out) {
 
 }  // namespace
 
-cudaError_t table_workspace_bytes(const Occurrences& x, size_t* bytes) {
+cudaError_t table_workspace_bytes(const Occurrences& x, bool grouped, size_t* bytes) {
   Table table;
-  TA_RETURN_IF_ERROR(Table::carve(x, nullptr, &table));
+  TA_RETURN_IF_ERROR(Table::carve(x, grouped, nullptr, &table));
   *bytes = table.bytes;
   return cudaSuccess;
 }
@@ -182,7 +227,7 @@ cudaError_t table_unique(const Occurrences& x, const Unique& out, void* workspac
   TA_RETURN_IF_ERROR(cudaGetLastError());
   const unsigned over_slots = unsigned(ceil_div((x.slots > x.samples ? x.slots : x.samples) + 1, kThreads));
   Table table;
-  TA_RETURN_IF_ERROR(Table::carve(x, workspace, &table));
+  TA_RETURN_IF_ERROR(Table::carve(x, out.grouped(), workspace, &table));
   TA_RETURN_IF_ERROR(cudaMemsetAsync(table.first, 0xff, sizeof(uint32_t) * table.capacity, stream));
   // Tokens that come often are in the table before most occurrences look: else all of them would try to enter theirs at once.
   for (const int64_t from : {int64_t(0), kEarly}) {
@@ -195,11 +240,10 @@ cudaError_t table_unique(const Occurrences& x, const Unique& out, void* workspac
   size_t bytes = table.temporary_bytes;
   if (x.slots > 0)
     TA_RETURN_IF_ERROR(Table::scan(table.temporary, bytes, table.firsts, table.before, Table::words(x), stream));
-  number_kernel<<<over_slots, kThreads, 0, stream>>>(x, out, table);
+  number_kernel<<<unsigned(ceil_div(x.slots + 1, kThreads * kNumbered)), kThreads, 0, stream>>>(x, out, table);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (x.slots > 0)
-    TA_RETURN_IF_ERROR(sort_pairs(table.temporary, table.temporary_bytes, table.keys, table.keys_sorted, table.values,
-                                  table.values_sorted, x.slots, table.bits, stream));
+  if (!out.grouped()) return fill_tails(x, out, stream);
+  if (x.slots > 0) TA_RETURN_IF_ERROR(table.pairs.sort(stream));
   order_kernel<<<over_slots, kThreads, 0, stream>>>(x, out, table);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   count_kernel<<<unsigned(ceil_div(out.capacity + 1, kThreads)), kThreads, 0, stream>>>(out);
