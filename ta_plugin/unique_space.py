@@ -26,8 +26,7 @@ class UniqueSpace:
     cu_seqlens:     (B + 1,) int32, the rows of sample b are cu_seqlens[b]:cu_seqlens[b + 1]
     counts:         (U,) int64, the multiplicity of each row
     cu_occurrences: (B + 1,) int64, the same bounds for occurrences
-    segments:       occurrences -> rows; `segments.index` is the inverse (M,). Which occurrences a row has is found with the rows where
-                    gradients are enabled, as backward needs it, else when it is first read
+    segments:       occurrences -> rows; `segments.index` is the inverse (M,)
     slots:          (M,) int64, slot of each occurrence in the flattened (B, L) grid; None for packed input
     padded_length:  L for padded input, None for packed
     spare_rows:     how many of the last rows no occurrence maps to; see `with_spare_rows`
@@ -45,10 +44,14 @@ class UniqueSpace:
     spare_rows: int = 0
 
     @classmethod
-    def from_padded(cls, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
-        """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored."""
+    def from_padded(cls, tokens: Tensor, lengths: Tensor, *, grouped: bool | None = None) -> UniqueSpace:
+        """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored.
+
+        grouped: whether the occurrences of each row are found with the rows, as folds and the backward of `expand` need them; by default
+                 where gradients are enabled. Otherwise they are found when they are first read, at a higher price.
+        """
         check_padded(tokens, lengths)
-        found = unique_rows(tokens, lengths, torch.is_grad_enabled())
+        found = unique_rows(tokens, lengths, torch.is_grad_enabled() if grouped is None else grouped)
         if not found.well_formed:
             raise bad_lengths(found.lowest, found.highest, tokens.shape[1])
         return replace(cls._of(found), slots=found.slots, padded_length=tokens.shape[1])

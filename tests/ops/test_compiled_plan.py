@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ta_plugin import UniqueSpace
+from ta_plugin.ops import Segments
 from ta_plugin.routing import HashOwners, PermutedRows
 
 Ops = Callable[[str], Any]
@@ -299,3 +300,17 @@ def test_a_plan_with_rows_is_captured_in_a_graph(device: str, compiled: Ops, pla
     lengths.copy_(torch.tensor([1, length, length, 7]))
     graph.replay()
     same(found, plain("unique")(tokens.cpu(), lengths.cpu(), -1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_what_a_graph_groups_stays_in_it(device: str) -> None:
+    if device != "cuda":
+        return
+    segments = Segments.from_index(torch.tensor([2, 0, 2, 1], device=device), 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = segments.order
+    outside = segments.order  # before a replay
+    assert outside.tolist() == [1, 3, 0, 2] and segments.order is outside
+    graph.replay()
+    assert inside is not outside and torch.equal(inside, outside)
