@@ -27,10 +27,10 @@ class BoundedSpace(UniqueSpace):
     found: Tensor | None = None
 
     @classmethod
-    def of_padded(cls, tokens: Tensor, lengths: Tensor, rows: int) -> BoundedSpace:
-        """From tokens (B, L) int64 and lengths (B,) int64, with `rows` rows."""
+    def of_padded(cls, tokens: Tensor, lengths: Tensor, rows: int, *, grouped: bool | None = None) -> BoundedSpace:
+        """From tokens (B, L) int64 and lengths (B,) int64, with `rows` rows; `grouped` as in `from_padded`."""
         check_padded(tokens, lengths)
-        space, slots = cls._find(tokens, lengths, rows)
+        space, slots = cls._find(tokens, lengths, rows, grouped)
         return replace(space, slots=slots, padded_length=tokens.shape[1])
 
     @classmethod
@@ -42,13 +42,19 @@ class BoundedSpace(UniqueSpace):
         return cls._find(*packed_extents(tokens, cu_seqlens), rows)[0]
 
     @classmethod
-    def _find(cls, tokens: Tensor, extents: Tensor, rows: int) -> tuple[BoundedSpace, Tensor]:
+    def _find(
+        cls, tokens: Tensor, extents: Tensor, rows: int, grouped: bool | None = None
+    ) -> tuple[BoundedSpace, Tensor]:
         """The space, and the slots of its occurrences."""
         if not 1 <= rows <= INT32_MAX:
             raise ValueError(f"rows is {rows}; pass how many distinct rows there may be, 1 to {INT32_MAX}")
-        distinct, cu_seqlens, counts, cu_occurrences, *segments, slots, found = UNIQUE(tokens, extents, rows)
+        wanted = torch.is_grad_enabled() if grouped is None else grouped
+        distinct, cu_seqlens, counts, cu_occurrences, inverse, *members, slots, found = UNIQUE(
+            tokens, extents, rows, wanted
+        )
         # rows that do not fit are 0 in all but `order` and `cu_occurrences`, which nothing reads past the offsets
-        return cls(distinct, cu_seqlens, counts, cu_occurrences, Segments(*segments), found=found), slots
+        segments = Segments.found(inverse, members if wanted else None, counts)
+        return cls(distinct, cu_seqlens, counts, cu_occurrences, segments, found=found), slots
 
     def __repr__(self) -> str:
         """Bounds: the host knows no more."""

@@ -74,9 +74,9 @@ class Bounds:
             self._agreed.add(mine)
         return headers
 
-    def space(self, tokens: Tensor, lengths: Tensor) -> BoundedSpace:
+    def space(self, tokens: Tensor, lengths: Tensor, grouped: bool | None = None) -> BoundedSpace:
         """The bounded space of a batch; begins a call."""
-        space = BoundedSpace.of_padded(tokens, lengths, self.rows)
+        space = BoundedSpace.of_padded(tokens, lengths, self.rows, grouped=grouped)
         within = _Interval("lengths", 0, tokens.shape[1], "no sample is longer or shorter than that")
         assert space.found is not None
         self._noted = [(space.found[1:4], [_held("distinct rows of a batch", "row", self.rows), within, within])]

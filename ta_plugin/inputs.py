@@ -59,6 +59,12 @@ class Inputs:
             return None
         return PackedTargets(grid.shape[0], grid.shape[1], self.target_lengths, grid.device)
 
+    def reads_members(self) -> bool:
+        """Whether which occurrences a row has is read: sides and cutoffs are folded, and self-attention expands, backward too."""
+        if any(x is not None for x in (self.bias, self.value_term, self.multiplier, self.target_cutoffs)):
+            return True
+        return torch.is_grad_enabled() and self.targets is None and self.queries is None
+
     def kinds(self) -> list[int]:
         """For each optional argument a number that ranks must agree on: 0 for None, else of dtype, width and gradient."""
         return [_kind(getattr(self, name)) for name in OPTIONAL]

@@ -215,7 +215,7 @@ class TokenizedAttention(nn.Module):
 
         Local in layout "sample"; collective in layout "sequence", where no rank knows how many distinct tokens a sample has.
         """
-        space = UniqueSpace.from_padded(tokens, lengths)
+        space = UniqueSpace.from_padded(tokens, lengths, grouped=False)
         slots = None
         if targets is not None:
             slots = PackedTargets(targets.shape[0], targets.shape[1], target_lengths, targets.device)
@@ -385,10 +385,11 @@ class TokenizedAttention(nn.Module):
             if self.bounds is not None:
                 if self.bounds.spare_id is None:
                     self.bounds.spare_id = owned_id(self.embedding_fn, self.vocab_size, self.group)
-                space = self.bounds.space(inputs.tokens, inputs.lengths)
+                space = self.bounds.space(inputs.tokens, inputs.lengths, inputs.reads_members())
+            elif self.strategy == "positions":
+                space = UniqueSpace.of_occurrences(inputs.tokens, inputs.lengths)
             else:
-                build = UniqueSpace.of_occurrences if self.strategy == "positions" else UniqueSpace.from_padded
-                space = build(inputs.tokens, inputs.lengths)
+                space = UniqueSpace.from_padded(inputs.tokens, inputs.lengths, grouped=inputs.reads_members())
             sides = Sides.pack(space, inputs.bias, inputs.value_term, inputs.multiplier)
             sides.check(self.scoring.normaliser)
             kinds, sizes = kinds if alone else inputs.kinds(), self._sizes(space, targets)

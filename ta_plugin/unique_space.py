@@ -44,10 +44,14 @@ class UniqueSpace:
     spare_rows: int = 0
 
     @classmethod
-    def from_padded(cls, tokens: Tensor, lengths: Tensor) -> UniqueSpace:
-        """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored."""
+    def from_padded(cls, tokens: Tensor, lengths: Tensor, *, grouped: bool | None = None) -> UniqueSpace:
+        """From tokens (B, L) int64 and lengths (B,) int64; slots past a sample's length are ignored.
+
+        grouped: whether the occurrences of each row are found with the rows, as folds and the backward of `expand` need them; by default
+                 where gradients are enabled. Otherwise they are found when they are first read, at a higher price.
+        """
         check_padded(tokens, lengths)
-        found = unique_rows(tokens, lengths)
+        found = unique_rows(tokens, lengths, torch.is_grad_enabled() if grouped is None else grouped)
         if not found.well_formed:
             raise bad_lengths(found.lowest, found.highest, tokens.shape[1])
         return replace(cls._of(found), slots=found.slots, padded_length=tokens.shape[1])
@@ -56,7 +60,7 @@ class UniqueSpace:
     def from_packed(cls, tokens: Tensor, cu_seqlens: Tensor | None = None) -> UniqueSpace:
         """From tokens (M,) int64 and cu_seqlens (B + 1,) integer. Without cu_seqlens all M are one sample."""
         tokens, bounds = packed_extents(tokens, cu_seqlens)
-        found = unique_rows(tokens, bounds)
+        found = unique_rows(tokens, bounds, torch.is_grad_enabled())
         if not found.well_formed:
             raise _bad_bounds(tokens, bounds)
         return cls._of(found)
@@ -92,7 +96,7 @@ class UniqueSpace:
         rows = found.distinct.numel()
         if rows > INT32_MAX:
             raise ValueError(f"tokens hold {rows} distinct rows; cu_seqlens is int32, so split the batch below 2**31")
-        segments = Segments(found.inverse, found.order, found.offsets)
+        segments = Segments.found(found.inverse, found.grouped, found.counts)
         return cls(found.distinct, found.cu_seqlens, found.counts, found.cu_occurrences, segments)
 
     def __repr__(self) -> str:
@@ -153,14 +157,12 @@ class UniqueSpace:
             return self
         tokens, counts = (F.pad(x, (0, spare)) for x in (self.tokens, self.counts))
         cu_seqlens = F.pad(self.cu_seqlens[:-1], (0, 1), value=tokens.numel())
-        ends = F.pad(self.segments.offsets, (0, spare), value=self.num_occurrences)
-        segments = Segments(self.segments.index, self.segments.order, ends)
         return replace(
             self,
             tokens=tokens,
             counts=counts,
             cu_seqlens=cu_seqlens,
-            segments=segments,
+            segments=self.segments.with_empty(spare),
             spare_rows=self.spare_rows + spare,
         )
 

@@ -20,10 +20,10 @@ from test_unique_space import FOLDS, batches, normal, packed, pad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from ta_plugin import ShardedTokenEmbedding, TokenizedAttention, UniqueSpace
+from ta_plugin import ShardedTokenEmbedding, TokenizedAttention, UniqueSpace, bounded_space
 from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.bounds import Bounds
-from ta_plugin.ops import load_op
+from ta_plugin.ops import load_op, segments
 from ta_plugin.ops.segments import SEGMENT_LOGSUMEXP
 
 B, L, T, V, D, H = 3, 9, 2, 20, 8, 4
@@ -181,6 +181,30 @@ def test_a_bounded_step_equals_the_ordinary_one(case: str) -> None:
         assert len(found) == len(expected) >= 2
         for ours, exact in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("case", ["owner", "auto, bias", "queries"])
+def test_members_are_grouped_with_the_rows_where_they_are_read(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, sides = CASES[case]
+    flags: list[bool] = []
+    unique = bounded_space.UNIQUE
+
+    def noted(tokens: Tensor, extents: Tensor, rows: int, grouped: bool) -> Any:
+        flags.append(grouped)
+        return unique(tokens, extents, rows, grouped)
+
+    monkeypatch.setattr(bounded_space, "UNIQUE", noted)
+    monkeypatch.setattr(segments, "GROUP", None)  # nothing is grouped afterwards
+    given, model = inputs(0, **sides), build(B * L, **options)
+    if "queries" in sides:
+        del given["targets"]
+    results_of(model, given)
+    assert flags[0] == ("bias" in sides) and len(flags) >= 2 and all(flags[1:])
+    flags.clear()
+    with torch.no_grad():
+        model(**given)
+    assert flags[0] == ("bias" in sides) and len(flags) >= 2 and not any(flags[1:])
 
 
 @pytest.mark.usefixtures("compiled")

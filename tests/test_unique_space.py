@@ -172,6 +172,21 @@ def test_gradients_of_expand_and_fold(samples: list[list[int]]) -> None:
     assert torch.autograd.gradgradcheck(lambda r, b: space.fold_value_term(r, b), (term, bias))
 
 
+@given(batches)
+def test_a_space_made_without_gradients_is_the_same(samples: list[list[int]]) -> None:
+    with torch.no_grad():
+        spaces_without = spaces(samples)
+    for space, without in zip(spaces(samples), spaces_without, strict=True):
+        for name in ("tokens", "counts", "cu_seqlens", "inverse"):
+            assert torch.equal(getattr(space, name), getattr(without, name)), name
+        rows = normal(space.num_rows, 2).requires_grad_()
+        values = normal(space.num_occurrences, 2, seed=1)
+        grads = [torch.autograd.grad((x.as_packed().expand(rows) * values).sum(), rows)[0] for x in (space, without)]
+        assert torch.equal(*grads)
+        folds = [x.as_packed().fold(values, "logsumexp") for x in (space, without)]
+        assert torch.equal(*folds) and torch.equal(space.segments.offsets, without.segments.offsets)
+
+
 def test_absent_occurrences_pass_gradient_zero() -> None:
     space = UniqueSpace.from_packed(torch.tensor([4, 4, 4, 9, 9]))
     bias = torch.tensor([0.5, -torch.inf, 1.5, -torch.inf, -torch.inf], dtype=torch.float64, requires_grad=True)

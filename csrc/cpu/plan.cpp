@@ -50,7 +50,7 @@ using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 // tokens (B, L) with lengths (B,), or packed tokens (M,) with bounds (B + 1,), which may end before M where `rows` are given. Row
 // outputs have room for `rows` (or any number); ta_plugin/ops/planning.py says what lies past the rows there are.
-Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
+Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity, bool grouped) {
   const bool padded = tokens_.dim() == 2, fill = capacity >= 0;
   const Tensor tokens = int64s(tokens_, "tokens", padded ? 2 : 1), extents = int64s(extents_, "extents", 1);
   const int64_t samples = padded ? tokens.size(0) : extents.size(0) - 1, slots = tokens.numel();
@@ -58,8 +58,8 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
                     " entries; pass a length per sample of padded tokens, or one bound more than samples for packed ones");
   if (!fill) capacity = slots;
   const auto empty = [&](int64_t n) { return at::empty({n}, tokens.options()); };
-  Tensor distinct = empty(capacity), counts = empty(capacity), offsets = empty(capacity + 1), inverse = empty(slots),
-         order = empty(slots), bounds = at::zeros({samples + 1}, tokens.options()), grid = empty(padded ? slots : 0),
+  Tensor distinct = empty(capacity), counts = empty(capacity), offsets = empty(grouped ? capacity + 1 : 0), inverse = empty(slots),
+         order = empty(grouped ? slots : 0), bounds = at::zeros({samples + 1}, tokens.options()), grid = empty(padded ? slots : 0),
          sizes = empty(5), cu_seqlens = at::zeros({samples + 1}, tokens.options().dtype(at::kInt));
   const int64_t *token = tokens.const_data_ptr<int64_t>(), *extent = extents.const_data_ptr<int64_t>();
   int64_t* bound = bounds.mutable_data_ptr<int64_t>();
@@ -104,29 +104,50 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t capacity) {
         if (whole < capacity) {
           ids[whole] = token[begin_of(b) + first[bound[b] + r]];
           count[whole] = next[r + 1];
-          offset[whole] = bound[b] + next[r];
+          if (grouped) offset[whole] = bound[b] + next[r];
         }
         next[r + 1] += next[r];
       }
       for (int64_t i = bound[b]; i < bound[b + 1]; ++i) {
-        by_row[bound[b] + next[row[i]]++] = i;
+        if (grouped) by_row[bound[b] + next[row[i]]++] = i;
         row[i] += rows_of[b];
       }
     }
   });
-  if (rows <= capacity) offset[rows] = members;
+  if (grouped && rows <= capacity) offset[rows] = members;
   if (fill) {
     const bool fits = rows <= capacity;
     const int64_t from = fits ? rows : 0, occurrences = fits ? members : 0;
-    std::fill(row + occurrences, row + slots, 0), std::fill(by_row + members, by_row + slots, 0);
+    std::fill(row + occurrences, row + slots, 0);
+    if (grouped) std::fill(by_row + members, by_row + slots, 0), std::fill(offset + from, offset + capacity + 1, occurrences);
     if (padded) std::fill(slot + members, slot + slots, 0);
     if (fits) std::fill(ids + rows, ids + capacity, rows > 0 ? ids[0] : 0);
-    std::fill(count + from, count + capacity, 0), std::fill(offset + from, offset + capacity + 1, occurrences);
+    std::fill(count + from, count + capacity, 0);
     if (!fits) std::fill(cu, cu + samples + 1, 0);
   }
   int64_t* size = sizes.mutable_data_ptr<int64_t>();
   size[0] = members, size[1] = rows, size[2] = lowest, size[3] = highest, size[4] = fine;
   return {distinct, cu_seqlens, counts, bounds, inverse, order, offsets, grid, sizes};
+}
+
+// Members by segment: index (M,) of each, counts (U,) -> order (M,), ascending within a segment, and offsets (U + 1,). Members behind the
+// sum of the counts belong to none.
+std::tuple<Tensor, Tensor> group(const Tensor& index_, const Tensor& counts_) {
+  const Tensor index = int64s(index_, "index", 1), counts = int64s(counts_, "counts", 1);
+  const int64_t segments = counts.numel();
+  Tensor order = at::zeros_like(index), offsets = at::zeros({segments + 1}, index.options());
+  const int64_t *of = index.const_data_ptr<int64_t>(), *count = counts.const_data_ptr<int64_t>();
+  int64_t *member = order.mutable_data_ptr<int64_t>(), *offset = offsets.mutable_data_ptr<int64_t>();
+  for (int64_t s = 0; s < segments; ++s) offset[s + 1] = offset[s] + count[s];
+  TORCH_CHECK_VALUE(offset[segments] <= index.numel(), "counts add up to ", offset[segments], "; pass those of index, at most ",
+                    index.numel());
+  std::vector<int64_t> next(offset, offset + segments);
+  for (int64_t i = 0; i < offset[segments]; ++i) {
+    TORCH_CHECK_INDEX(of[i] >= 0 && of[i] < segments && next[of[i]] < offset[of[i] + 1], "index[", i, "] is ", of[i],
+                      ", which counts do not hold so often");
+    member[next[of[i]]++] = i;
+  }
+  return {order, offsets};
 }
 
 // The row of an id in the whole table; -1 for an id outside the vocabulary.
@@ -207,6 +228,7 @@ std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_
 
 TORCH_LIBRARY_IMPL(ta_plugin, CPU, m) {
   m.impl("unique", unique);
+  m.impl("group", group);
   m.impl("owners", owners);
   m.impl("local_rows", local_rows);
   m.impl("partition", partition);

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "../module.h"
@@ -116,7 +117,7 @@ Tensor segment_logsumexp(const Tensor& values, const Tensor&, const Tensor& orde
   return reduce<LogSumExp>(values, order, offsets);
 }
 
-Tensor expand(const Tensor& rows, const Tensor& index, const Tensor&, const Tensor&) {
+Tensor expand(const Tensor& rows, const Tensor& index, const std::optional<Tensor>&, const std::optional<Tensor>&) {
   TORCH_CHECK_VALUE(index.dim() == 1 && index.scalar_type() == at::kLong, "index is ", index.sizes(), " ",
                     index.dtype(), "; pass int64 (M,)");
   return rows_of(rows, "rows").index_select(0, index);

@@ -30,7 +30,7 @@ Tensor bytes(size_t count, const Tensor& like) {
 
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t rows) {
+Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t rows, bool grouped) {
   const bool padded = tokens_.dim() == 2;
   const Tensor tokens = int64s(tokens_, "tokens", padded ? 2 : 1, tokens_), extents = int64s(extents_, "extents", 1, tokens_);
   const int64_t samples = padded ? tokens.size(0) : extents.size(0) - 1, slots = tokens.numel();
@@ -39,21 +39,36 @@ Nine unique(const Tensor& tokens_, const Tensor& extents_, int64_t rows) {
   const c10::cuda::CUDAGuard guard(tokens.device());
   const int64_t capacity = rows < 0 ? slots : rows;
   const auto empty = [&](int64_t n) { return at::empty({n}, tokens.options()); };
-  Tensor distinct = empty(capacity), counts = empty(capacity), offsets = empty(capacity + 1), inverse = empty(slots),
-         order = empty(slots), bounds = empty(samples + 1), grid = empty(padded ? slots : 0), sizes = empty(plan::kSizes);
+  Tensor distinct = empty(capacity), counts = empty(capacity), offsets = empty(grouped ? capacity + 1 : 0), inverse = empty(slots),
+         order = empty(grouped ? slots : 0), bounds = empty(samples + 1), grid = empty(padded ? slots : 0), sizes = empty(plan::kSizes);
   Tensor cu_seqlens = at::empty({samples + 1}, tokens.options().dtype(at::kInt));
   const plan::Occurrences x{tokens.const_data_ptr<int64_t>(), extents.const_data_ptr<int64_t>(), samples,
                             padded ? tokens.size(1) : 0, slots, padded};
   const auto at = [](const Tensor& t) { return t.mutable_data_ptr<int64_t>(); };
   const plan::Unique out{at(distinct), cu_seqlens.mutable_data_ptr<int32_t>(), at(counts), at(bounds), at(inverse),
-                         at(order),    at(offsets), padded ? at(grid) : nullptr, at(sizes), capacity, rows >= 0};
+                         grouped ? at(order) : nullptr, grouped ? at(offsets) : nullptr, padded ? at(grid) : nullptr,
+                         at(sizes), capacity, rows >= 0};
   bool in_block;
   size_t needed;
   C10_CUDA_CHECK(plan::fits_block(x, &in_block));
-  C10_CUDA_CHECK(plan::unique_workspace_bytes(x, in_block, &needed));
+  C10_CUDA_CHECK(plan::unique_workspace_bytes(x, grouped, in_block, &needed));
   Tensor workspace = bytes(needed, tokens);
   C10_CUDA_CHECK(plan::unique(x, out, in_block, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return {distinct, cu_seqlens, counts, bounds, inverse, order, offsets, grid, sizes};
+}
+
+std::tuple<Tensor, Tensor> group(const Tensor& index_, const Tensor& counts_) {
+  const Tensor index = int64s(index_, "index", 1, index_), counts = int64s(counts_, "counts", 1, index_);
+  const int64_t members = index.numel(), segments = counts.numel();
+  const c10::cuda::CUDAGuard guard(index.device());
+  Tensor order = at::empty_like(index), offsets = at::empty({segments + 1}, index.options());
+  size_t needed;
+  C10_CUDA_CHECK(plan::group_workspace_bytes(members, segments, &needed));
+  Tensor workspace = bytes(needed, index);
+  C10_CUDA_CHECK(plan::group(index.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>(), members, segments,
+                             order.mutable_data_ptr<int64_t>(), offsets.mutable_data_ptr<int64_t>(),
+                             workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return {order, offsets};
 }
 
 Tensor owners(const Tensor& ids_, int64_t ranks, int64_t vocab, int64_t multiplier) {
@@ -96,6 +111,7 @@ std::tuple<Tensor, Tensor> partition(const Tensor& owner_, const Tensor& bounds_
 
 TORCH_LIBRARY_IMPL(ta_plugin, CUDA, m) {
   m.impl("unique", unique);
+  m.impl("group", group);
   m.impl("owners", owners);
   m.impl("local_rows", local_rows);
   m.impl("partition", partition);

@@ -9,11 +9,16 @@ using Short = BlockShape<128, 8, 8>;
 using Middle = BlockShape<1024, 4, 2>;
 using Long = BlockShape<1024, 16, 2>;  // 112 KB: half of what a Hopper multiprocessor has
 
-template <class Shape>
-cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
-  const auto kernel = block_kernel<Shape>;
+template <class Shape, bool kGrouped>
+cudaError_t launch_kind(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
+  const auto kernel = block_kernel<Shape, kGrouped>;
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(Shape::kBytes)));
   return launch_early(kernel, dim3(unsigned(x.samples)), dim3(Shape::kBlock), Shape::kBytes, stream, x, out, states);
+}
+
+template <class Shape>
+cudaError_t launch(const Occurrences& x, const Unique& out, uint64_t* states, cudaStream_t stream) {
+  return out.grouped() ? launch_kind<Shape, true>(x, out, states, stream) : launch_kind<Shape, false>(x, out, states, stream);
 }
 
 }  // namespace

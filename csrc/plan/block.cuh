@@ -1,7 +1,8 @@
 // Distinct tokens of samples that fit into a thread block's shared memory: one block per sample, two to a multiprocessor.
 // 1. A hash table of positions, two to a word, finds one occurrence of each token; tokens are compared by 32-bit fingerprints, which
 // are the tokens themselves where they fit. 2. The smallest position of each wins, so the race for slots leaves no trace, and
-// first occurrences are numbered. 3. Occurrences are counted by row and put where their row begins, in any order. 4. Rows of up to 32
+// first occurrences are numbered. 3. Occurrences are counted by row and, where they are to be grouped, put where their row begins, in any
+// order. 4. Rows of up to 32
 // occurrences are put in order by counting, longer ones by a bitmap of positions. The rows of earlier samples are found by decoupled
 // look-back (Merrill and Garland 2016).
 #pragma once
@@ -36,6 +37,7 @@ struct BlockMemory {
   __device__ uint16_t* placed() const { return at<uint16_t>(2 * kL); }  // (L) positions by row
   __device__ uint32_t* table() const { return at<uint32_t>(4 * kL); }   // (kBuckets)
   __device__ uint16_t* row_of() const { return at<uint16_t>(4 * kL); }  // (L)
+  __device__ uint32_t* counts() const { return at<uint32_t>(4 * kL); }  // (L / 2) two rows each
   __device__ uint2* firsts() const { return at<uint2>(6 * kL); }        // (L / 32) bits of first occurrences; how many before
   __device__ uint32_t* heads() const { return at<uint32_t>(6 * kL + kL / 4); }  // (L / 32 + 1) bits: where rows start
   __device__ uint32_t* long_rows() const { return at<uint32_t>(6 * kL + kL / 2); }  // (L / 32) start, and length << 16
@@ -85,18 +87,25 @@ __device__ __forceinline__ int64_t rows_before(const uint64_t* states, int64_t s
 // Counters of 16 bits, two to a word.
 __device__ __forceinline__ uint32_t counter(const uint32_t* counters, int i) { return counters[i / 2] >> i % 2 * 16 & 0xffff; }
 
-// By a whole warp, of which the first lanes are valid: adds one to each lane's counter and returns what it was, in any order. Lanes with
-// lane 0's counter leave it to lane 0: a hot token would queue up otherwise.
+// The lanes of a whole warp, of which the first are valid, that have lane 0's counter. They leave it to lane 0: a hot token would queue
+// up otherwise.
+__device__ __forceinline__ unsigned with_leader(uint32_t i, bool valid) {
+  const uint32_t leader = __shfl_sync(kFull, i, 0);  // by every lane, valid or not: it stands in front of the condition
+  return __ballot_sync(kFull, valid && i == leader);
+}
+
+// Adds one to each lane's counter, and returns what it was; to lanes that leave it to lane 0, 0.
+__device__ __forceinline__ uint32_t add_up(uint32_t* counters, uint32_t i, bool valid, unsigned leading) {
+  if (!valid || (lane() != 0 && (leading >> lane() & 1))) return 0;
+  const uint32_t add = lane() == 0 ? __popc(leading) : 1;
+  return atomicAdd(counters + i / 2, add << i % 2 * 16) >> i % 2 * 16 & 0xffff;
+}
+
+// The same by a whole warp, with what each lane's counter was, in any order.
 __device__ __forceinline__ uint32_t count_up(uint32_t* counters, uint32_t i, bool valid) {
-  const uint32_t leader = __shfl_sync(kFull, i, 0);
-  const unsigned same = __ballot_sync(kFull, valid && i == leader);
-  uint32_t was = 0;
-  if (valid && (lane() == 0 || i != leader)) {
-    const uint32_t add = lane() == 0 ? __popc(same) : 1;
-    was = atomicAdd(counters + i / 2, add << i % 2 * 16) >> i % 2 * 16 & 0xffff;
-  }
-  const uint32_t base = __shfl_sync(kFull, was, 0);
-  return i == leader ? base + __popc(same & lanes_below()) : was;
+  const unsigned leading = with_leader(i, valid);
+  const uint32_t was = add_up(counters, i, valid, leading), base = __shfl_sync(kFull, was, 0);
+  return leading >> lane() & 1 ? base + __popc(leading & lanes_below()) : was;
 }
 
 // By a warp: positions of a row, in any order, to ascending order. Bit i % 32 of word i / 32 is position i; a lane holds W words side by
@@ -122,7 +131,7 @@ __device__ __forceinline__ void sort_long(uint16_t* row, int length, uint32_t* b
   __syncwarp();
 }
 
-template <class Shape>
+template <class Shape, bool kGrouped>
 __global__ void __launch_bounds__(Shape::kBlock, Shape::kResident)
     block_kernel(const Occurrences x, const Unique out, uint64_t* states) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -196,6 +205,8 @@ __global__ void __launch_bounds__(Shape::kBlock, Shape::kResident)
     const int i = (__ffs(left) - 1) * kBlock + thread;
     link[i] = i;
   }
+  if constexpr (!kGrouped)  // the table is done with
+    for (int i = thread; i < Shape::kLongest / 2; i += kBlock) shared.counts()[i] = 0;
   __syncthreads();
 #pragma unroll 4
   for (int j = 0; j < kItems; ++j) {
@@ -217,14 +228,22 @@ __global__ void __launch_bounds__(Shape::kBlock, Shape::kResident)
   if (thread < Shape::kWords) firsts[thread].y = before;
   if (thread == 0) publish(states + sample, sample == 0 ? kThrough : kOwn, rows);
   __syncthreads();
+  const auto row_at = [&](int i, int j) {
+    const int first = first_of(i, j);
+    const uint2 word = firsts[first / 32];
+    return word.y + __popc(word.x & ((1u << first % 32) - 1));
+  };
   uint16_t* row_of = shared.row_of();
-#pragma unroll 4
+  uint32_t held[kItems / 2];  // rows of this thread's positions, two to a word, where they are written at once
+#pragma unroll(kGrouped ? 4 : kItems)
   for (int j = 0; j < kItems; ++j) {
     const int i = j * kBlock + thread;
-    if (i < count) {
-      const int first = first_of(i, j);
-      const uint2 word = firsts[first / 32];
-      row_of[i] = uint16_t(word.y + __popc(word.x & ((1u << first % 32) - 1)));
+    if constexpr (kGrouped) {
+      if (i < count) row_of[i] = uint16_t(row_at(i, j));
+    } else {
+      const uint32_t row = i < count ? row_at(i, j) : 0;
+      held[j / 2] = j % 2 == 0 ? row : held[j / 2] | row << 16;
+      add_up(shared.counts(), row, i < count, with_leader(row, i < count));
     }
   }
   if (warp == 0) {
@@ -246,8 +265,18 @@ __global__ void __launch_bounds__(Shape::kBlock, Shape::kResident)
     if (sample == x.samples - 1) {
       out.cu_seqlens[sample + 1] = first_row + rows;
       out.sizes[kRows] = first_row + rows;
-      if (first_row + rows <= out.capacity) out.offsets[first_row + rows] = occurrence + count;
+      if (kGrouped && first_row + rows <= out.capacity) out.offsets[first_row + rows] = occurrence + count;
     }
+  }
+  if constexpr (!kGrouped) {
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const int i = j * kBlock + thread;
+      if (i < count) write_row(i, held[j / 2] >> j % 2 * 16 & 0xffff);
+    }
+    for (int r = thread; r < rows; r += kBlock)
+      if (inside(first_row + r)) out.counts[first_row + r] = counter(shared.counts(), r);
+    return;
   }
   if (rows == count || rows == 1) {  // all distinct, or all the same: already in order
     for (int i = thread; i < count; i += kBlock) {

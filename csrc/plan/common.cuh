@@ -90,7 +90,9 @@ static __global__ void __launch_bounds__(kExtentThreads) extents_kernel(const Oc
   out.sizes[kLowest] = x.samples == 0 ? 0 : low;
   out.sizes[kHighest] = x.samples == 0 ? 0 : high;
   out.sizes[kWellFormed] = fine;
-  if (x.samples == 0) out.cu_seqlens[0] = 0, out.offsets[0] = 0;
+  if (x.samples > 0) return;
+  out.cu_seqlens[0] = 0;
+  if (out.grouped()) out.offsets[0] = 0;
 }
 
 // What lies past M and U, and the outputs of a batch whose rows do not fit; see Unique.
@@ -100,12 +102,12 @@ static __global__ void __launch_bounds__(kThreads) tails_kernel(const Occurrence
   const bool fits = rows <= out.capacity;
   if ((i >= members || !fits) && i < x.slots) out.inverse[i] = 0;
   if (i >= members && i < x.slots) {
-    out.order[i] = 0;
+    if (out.grouped()) out.order[i] = 0;
     if (out.slots) out.slots[i] = 0;
   }
   if (i >= rows && i < out.capacity) out.distinct[i] = rows > 0 ? out.distinct[0] : 0;
   if ((i >= rows || !fits) && i < out.capacity) out.counts[i] = 0;
-  if ((i >= rows || !fits) && i <= out.capacity) out.offsets[i] = fits ? members : 0;
+  if (out.grouped() && (i >= rows || !fits) && i <= out.capacity) out.offsets[i] = fits ? members : 0;
   if (!fits && i <= x.samples) out.cu_seqlens[i] = 0;
 }
 

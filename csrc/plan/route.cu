@@ -86,25 +86,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Arrays {
-  uint32_t *keys, *keys_sorted, *values, *values_sorted;
-  void* temporary;
-  size_t temporary_bytes, bytes;
-  int bits;
-
-  static cudaError_t carve(int64_t n, int64_t ranks, void* workspace, Arrays* arrays) {
-    Carver carver{static_cast<char*>(workspace)};
-    arrays->keys = carver.take<uint32_t>(n);
-    arrays->keys_sorted = carver.take<uint32_t>(n);
-    arrays->values = carver.take<uint32_t>(n);
-    arrays->values_sorted = carver.take<uint32_t>(n);
-    arrays->bits = bit_length(uint64_t(ranks));
-    TA_RETURN_IF_ERROR(sort_bytes(n, arrays->bits, &arrays->temporary_bytes));
-    arrays->temporary = carver.take<char>(int64_t(arrays->temporary_bytes));
-    arrays->bytes = carver.used;
-    return cudaSuccess;
-  }
-};
+cudaError_t carve(int64_t n, int64_t ranks, void* workspace, Pairs* pairs, size_t* bytes) {
+  Carver carver{static_cast<char*>(workspace)};
+  TA_RETURN_IF_ERROR(Pairs::carve(carver, n, bit_length(uint64_t(ranks)), pairs));
+  *bytes = carver.used;
+  return cudaSuccess;
+}
 
 }  // namespace
 
@@ -122,10 +109,8 @@ cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t first, int64_t hel
 }
 
 cudaError_t partition_workspace_bytes(int64_t n, int64_t ranks, size_t* bytes) {
-  Arrays arrays;
-  TA_RETURN_IF_ERROR(Arrays::carve(n, ranks, nullptr, &arrays));
-  *bytes = arrays.bytes;
-  return cudaSuccess;
+  Pairs pairs;
+  return carve(n, ranks, nullptr, &pairs, bytes);
 }
 
 cudaError_t partition(const int64_t* owner, const int64_t* bounds, int64_t n, int64_t samples, int64_t ranks,
@@ -136,14 +121,14 @@ cudaError_t partition(const int64_t* owner, const int64_t* bounds, int64_t n, in
   sizes_kernel<<<dim3(unsigned(wide), unsigned(parts)), kThreads, sizeof(unsigned) * ranks, stream>>>(
       owner, bounds, samples, ranks, rankwise_sizes);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  Arrays arrays;
-  TA_RETURN_IF_ERROR(Arrays::carve(n, ranks, workspace, &arrays));
+  Pairs pairs;
+  size_t bytes;
+  TA_RETURN_IF_ERROR(carve(n, ranks, workspace, &pairs, &bytes));
   const unsigned blocks = unsigned(ceil_div(n, kThreads));
-  keys_kernel<<<blocks, kThreads, 0, stream>>>(owner, n, ranks, arrays.keys, arrays.values);
+  keys_kernel<<<blocks, kThreads, 0, stream>>>(owner, n, ranks, pairs.keys, pairs.values);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  TA_RETURN_IF_ERROR(sort_pairs(arrays.temporary, arrays.temporary_bytes, arrays.keys, arrays.keys_sorted, arrays.values,
-                                arrays.values_sorted, n, arrays.bits, stream));
-  widen_kernel<<<blocks, kThreads, 0, stream>>>(arrays.values_sorted, n, order);
+  TA_RETURN_IF_ERROR(pairs.sort(stream));
+  widen_kernel<<<blocks, kThreads, 0, stream>>>(pairs.values_sorted, n, order);
   return cudaGetLastError();
 }
 

@@ -1,6 +1,9 @@
 // Distinct tokens of samples of any length, packed or padded, over the whole device. Sorting (sample, id) would need the ids'
 // width; instead a hash table in device memory finds every token's first occurrence, first occurrences are numbered by a
-// prefix sum, and what is sorted are row numbers: 32 bits and no more of them than the occurrences need.
+// prefix sum, and where occurrences are to be grouped by row, what is sorted are row numbers: 32 bits and no more of them than the
+// occurrences need.
+#include <thrust/iterator/counting_iterator.h>
+#include <thrust/iterator/permutation_iterator.h>
 #include <thrust/iterator/transform_iterator.h>
 
 #include <cub/device/device_scan.cuh>
@@ -13,57 +16,58 @@ namespace {
 
 constexpr uint32_t kEmpty = 0xffffffffu;
 constexpr int64_t kEarly = int64_t(1) << 14;  // occurrences inserted before all others
+constexpr int kEach = 4;                      // occurrences a thread looks up at once
 
-struct CountBits {
-  __device__ uint32_t operator()(uint32_t word) const { return __popc(word); }
+// Of 32 occurrences: which are the first of their token, as bits, and how many are among these and all before them.
+struct alignas(8) Marks {
+  uint32_t firsts, through;
+};
+
+struct CountFirsts {
+  __device__ uint32_t operator()(const Marks& marks) const { return __popc(marks.firsts); }
+};
+
+struct Twice {
+  __host__ __device__ int operator()(int i) const { return 2 * i; }
 };
 
 struct Table {
   uint32_t* first;  // (capacity) an occurrence of the token that owns the slot: in the end its first
   int64_t capacity;
-  uint32_t* slot;  // (slots) of each occurrence
+  uint32_t* slot;    // (slots) of each occurrence
   uint32_t* claims;  // (slots / 32) bits: which occurrences took their slot for their token
-  uint32_t* firsts;  // (slots / 32) bits: which occurrences are first
-  uint32_t* before;  // (slots / 32) first occurrences up to the end of each word
-  uint32_t *keys, *keys_sorted, *values, *values_sorted;
+  Marks* marks;      // (slots / 32)
+  Pairs pairs;       // rows and occurrences, where they are to be grouped: one key more than there can be rows is of none, sorted last
   void* temporary;
   size_t temporary_bytes, bytes;
-  int bits;
 
   static int64_t words(const Occurrences& x) { return ceil_div(x.slots, 32); }
 
   // First occurrences up to and with this one.
   __device__ uint32_t rank(int64_t occurrence) const {
-    const int64_t word = occurrence / 32;
-    return (word > 0 ? before[word - 1] : 0) + __popc(firsts[word] & (0xffffffffu >> (31 - occurrence % 32)));
+    const Marks at = marks[occurrence / 32];
+    return at.through - __popc(at.firsts >> occurrence % 32 >> 1);
   }
 
-  // How many bits are set in the words up to and with each one.
-  static cudaError_t scan(void* temporary, size_t& bytes, const uint32_t* bits, uint32_t* sums, int64_t words,
-                          cudaStream_t stream) {
-    const auto counts = thrust::make_transform_iterator(bits, CountBits());
-    return cub::DeviceScan::InclusiveSum(temporary, bytes, counts, sums, int(words), stream);
+  // `through` of all marks.
+  static cudaError_t scan(void* temporary, size_t& bytes, Marks* marks, int64_t words, cudaStream_t stream) {
+    const auto counts = thrust::make_transform_iterator(marks, CountFirsts());
+    const auto places = thrust::make_transform_iterator(thrust::make_counting_iterator(0), Twice());
+    const auto through = thrust::make_permutation_iterator(reinterpret_cast<uint32_t*>(marks) + 1, places);
+    return cub::DeviceScan::InclusiveSum(temporary, bytes, counts, through, int(words), stream);
   }
 
-  static cudaError_t carve(const Occurrences& x, void* workspace, Table* table) {
+  static cudaError_t carve(const Occurrences& x, bool grouped, void* workspace, Table* table) {
     Carver carver{static_cast<char*>(workspace)};
     table->capacity = x.slots + x.slots / 2 + 32;
     table->first = carver.take<uint32_t>(table->capacity);
     table->slot = carver.take<uint32_t>(x.slots);
     table->claims = carver.take<uint32_t>(words(x));
-    table->firsts = carver.take<uint32_t>(words(x));
-    table->before = carver.take<uint32_t>(words(x));
-    table->keys = carver.take<uint32_t>(x.slots);
-    table->keys_sorted = carver.take<uint32_t>(x.slots);
-    table->values = carver.take<uint32_t>(x.slots);
-    table->values_sorted = carver.take<uint32_t>(x.slots);
-    table->bits = bit_length(uint64_t(x.slots));  // one key more than there can be rows: no occurrence, sorted last
-    size_t sorting, scanning = 0;
-    TA_RETURN_IF_ERROR(sort_bytes(x.slots, table->bits, &sorting));
-    uint32_t* none = nullptr;
-    TA_RETURN_IF_ERROR(table->scan(nullptr, scanning, none, none, words(x), nullptr));
-    table->temporary_bytes = sorting > scanning ? sorting : scanning;
+    table->marks = carver.take<Marks>(words(x));
+    table->temporary_bytes = 0;
+    TA_RETURN_IF_ERROR(scan(nullptr, table->temporary_bytes, nullptr, words(x), nullptr));
     table->temporary = carver.take<char>(int64_t(table->temporary_bytes));
+    if (grouped) TA_RETURN_IF_ERROR(Pairs::carve(carver, x.slots, bit_length(uint64_t(x.slots)), &table->pairs));
     table->bytes = carver.used;
     return cudaSuccess;
   }
@@ -119,37 +123,105 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t leader = __shfl_sync(kFull, slot, 0);
   if (valid) table.slot[occurrence] = shared ? leader : slot;
   const unsigned claims = __ballot_sync(kFull, claimed);
-  if (lane() == 0 && occurrence < x.slots) table.claims[occurrence / 32] = claims, table.firsts[occurrence / 32] = 0;
+  if (lane() == 0 && occurrence < x.slots) table.claims[occurrence / 32] = claims, table.marks[occurrence / 32].firsts = 0;
+  if (!out.grouped() && occurrence < x.slots && occurrence < out.capacity) out.counts[occurrence] = 1;  // the first, of as many rows
 }
 
 // Whoever took a slot marks the first occurrence that ended up there.
 __global__ void __launch_bounds__(kThreads) first_kernel(const Occurrences x, const Table table) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= x.slots || (table.claims[i / 32] >> lane() & 1) == 0) return;
-  const uint32_t first = table.first[table.slot[i]];
-  atomicOr(table.firsts + first / 32, 1u << first % 32);
+  const int64_t begin = int64_t(blockIdx.x) * kThreads * kEach + threadIdx.x;
+  bool claimed[kEach];
+  uint32_t at[kEach];  // slot, then first occurrence
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int64_t i = begin + j * kThreads;
+    claimed[j] = i < x.slots && (table.claims[i / 32] >> lane() & 1) != 0;
+  }
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) at[j] = claimed[j] ? table.slot[begin + j * kThreads] : 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) at[j] = claimed[j] ? table.first[at[j]] : 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j)
+    if (claimed[j]) atomicOr(&table.marks[at[j] / 32].firsts, 1u << at[j] % 32);
 }
 
-__global__ void __launch_bounds__(kThreads) number_kernel(const Occurrences x, const Unique out, const Table table) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t members = out.sizes[kOccurrences];
-  if (i == 0 && members > 0) out.sizes[kRows] = table.rank(members - 1);
-  if (i <= x.samples) {
+// Few and large blocks, so that each meets hot rows often: their counts lie side by side, and additions to one line wait for each other.
+constexpr int kNumberThreads = 1024, kNumberBlocks = 2, kNumberTile = kNumberThreads * kEach;
+
+// Repeats of rows: in shared memory where a row finds its place free, and added to the batch's counts in the end. A count has 31 bits: its
+// lower half is what is added to.
+struct BlockCounts {
+  static constexpr int kPlaces = 4096;
+  uint32_t rows[kPlaces], counts[kPlaces];
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < kPlaces; i += kNumberThreads) rows[i] = kEmpty, counts[i] = 0;
+  }
+  __device__ static void add(const Unique& out, uint32_t row, uint32_t count) {
+    if (row < out.capacity) atomicAdd(reinterpret_cast<uint32_t*>(out.counts + row), count);
+  }
+  __device__ void one(const Unique& out, uint32_t row) {
+    const int place = row % kPlaces;
+    uint32_t owner = *const_cast<volatile uint32_t*>(rows + place);
+    if (owner == kEmpty) owner = atomicCAS(rows + place, kEmpty, row);
+    if (owner == kEmpty || owner == row)
+      atomicAdd(counts + place, 1u);
+    else
+      add(out, row, 1);
+  }
+  __device__ void leave(const Unique& out) const {
+    for (int i = threadIdx.x; i < kPlaces; i += kNumberThreads)
+      if (counts[i] > 0) add(out, rows[i], counts[i]);
+  }
+};
+
+// A block takes `tiles` tiles side by side.
+__global__ void __launch_bounds__(kNumberThreads, kNumberBlocks)
+    number_kernel(const Occurrences x, const Unique out, const Table table, int tiles) {
+  __shared__ BlockCounts block;
+  const bool grouped = out.grouped();
+  if (!grouped) {
+    block.clear();
+    __syncthreads();
+  }
+  const int64_t members = out.sizes[kOccurrences], thread = int64_t(blockIdx.x) * kNumberThreads + threadIdx.x;
+  if (thread == 0 && members > 0) out.sizes[kRows] = table.rank(members - 1);
+  for (int64_t i = thread; i <= x.samples; i += int64_t(gridDim.x) * kNumberThreads) {
     const int64_t bound = out.cu_occurrences[i];
     out.cu_seqlens[i] = bound > 0 ? int32_t(table.rank(bound - 1)) : 0;
   }
-  if (i >= x.slots) return;
-  table.values[i] = uint32_t(i);
-  if (i >= members) {
-    table.keys[i] = (uint64_t(1) << table.bits) - 1;
-    return;
+  const auto one = [&](uint32_t i, uint32_t first, uint32_t row) {  // i below 2^31
+    if (grouped) {
+      table.pairs.values[i] = i;
+      table.pairs.keys[i] = i < members ? row : (1u << table.pairs.bits) - 1;
+    }
+    if (i >= members) return;
+    out.inverse[i] = row;
+    if (first != i) {
+      if (!grouped) block.one(out, row);
+    } else if (row < out.capacity) {
+      const int64_t sample = x.padded ? sample_of(out.cu_occurrences, x.samples, i) : 0;
+      out.distinct[row] = x.tokens[x.padded ? i + sample * x.length - out.cu_occurrences[sample] : i];
+    }
+  };
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = (int64_t(blockIdx.x) * tiles + tile) * kNumberTile + threadIdx.x;
+    uint32_t first[kEach], row[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) first[j] = begin + j * kNumberThreads < members ? table.slot[begin + j * kNumberThreads] : 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) first[j] = begin + j * kNumberThreads < members ? table.first[first[j]] : 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) row[j] = begin + j * kNumberThreads < members ? table.rank(first[j]) - 1 : 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (begin + j * kNumberThreads < x.slots) one(uint32_t(begin + j * kNumberThreads), first[j], row[j]);
   }
-  const uint32_t first = table.first[table.slot[i]], row = table.rank(first) - 1;
-  out.inverse[i] = row;
-  table.keys[i] = row;
-  if (first != i || row >= out.capacity) return;
-  const int64_t sample = x.padded ? sample_of(out.cu_occurrences, x.samples, i) : 0;
-  out.distinct[row] = x.tokens[x.padded ? i + sample * x.length - out.cu_occurrences[sample] : i];
+  if (grouped) return;
+  __syncthreads();
+  block.leave(out);
 }
 
 __global__ void __launch_bounds__(kThreads) order_kernel(const Occurrences x, const Unique out, const Table table) {
@@ -157,9 +229,9 @@ __global__ void __launch_bounds__(kThreads) order_kernel(const Occurrences x, co
   const int64_t members = out.sizes[kOccurrences], rows = out.sizes[kRows];
   if (i == 0 && rows <= out.capacity) out.offsets[rows] = members;
   if (i >= members) return;
-  out.order[i] = table.values_sorted[i];
-  const uint32_t row = table.keys_sorted[i];
-  if ((i == 0 || table.keys_sorted[i - 1] != row) && row <= out.capacity) out.offsets[row] = i;
+  out.order[i] = table.pairs.values_sorted[i];
+  const uint32_t row = table.pairs.keys_sorted[i];
+  if ((i == 0 || table.pairs.keys_sorted[i - 1] != row) && row <= out.capacity) out.offsets[row] = i;
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const Unique out) {
@@ -170,9 +242,9 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const Unique out) {
 
 }  // namespace
 
-cudaError_t table_workspace_bytes(const Occurrences& x, size_t* bytes) {
+cudaError_t table_workspace_bytes(const Occurrences& x, bool grouped, size_t* bytes) {
   Table table;
-  TA_RETURN_IF_ERROR(Table::carve(x, nullptr, &table));
+  TA_RETURN_IF_ERROR(Table::carve(x, grouped, nullptr, &table));
   *bytes = table.bytes;
   return cudaSuccess;
 }
@@ -180,9 +252,9 @@ cudaError_t table_workspace_bytes(const Occurrences& x, size_t* bytes) {
 cudaError_t table_unique(const Occurrences& x, const Unique& out, void* workspace, cudaStream_t stream) {
   extents_kernel<<<1, kExtentThreads, 0, stream>>>(x, out, nullptr, 0);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  const unsigned over_slots = unsigned(ceil_div((x.slots > x.samples ? x.slots : x.samples) + 1, kThreads));
+  const unsigned over_slots = unsigned(ceil_div(x.slots + 1, kThreads)), fewer = unsigned(ceil_div(x.slots + 1, kThreads * kEach));
   Table table;
-  TA_RETURN_IF_ERROR(Table::carve(x, workspace, &table));
+  TA_RETURN_IF_ERROR(Table::carve(x, out.grouped(), workspace, &table));
   TA_RETURN_IF_ERROR(cudaMemsetAsync(table.first, 0xff, sizeof(uint32_t) * table.capacity, stream));
   // Tokens that come often are in the table before most occurrences look: else all of them would try to enter theirs at once.
   for (const int64_t from : {int64_t(0), kEarly}) {
@@ -190,16 +262,19 @@ cudaError_t table_unique(const Occurrences& x, const Unique& out, void* workspac
     if (count > 0) insert_kernel<<<unsigned(ceil_div(count, kThreads)), kThreads, 0, stream>>>(x, out, table, from);
     TA_RETURN_IF_ERROR(cudaGetLastError());
   }
-  first_kernel<<<over_slots, kThreads, 0, stream>>>(x, table);
+  first_kernel<<<fewer, kThreads, 0, stream>>>(x, table);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   size_t bytes = table.temporary_bytes;
   if (x.slots > 0)
-    TA_RETURN_IF_ERROR(Table::scan(table.temporary, bytes, table.firsts, table.before, Table::words(x), stream));
-  number_kernel<<<over_slots, kThreads, 0, stream>>>(x, out, table);
+    TA_RETURN_IF_ERROR(Table::scan(table.temporary, bytes, table.marks, Table::words(x), stream));
+  int device, processors;
+  TA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  TA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t tiles = ceil_div(x.slots + 1, kNumberTile), each = ceil_div(tiles, int64_t(processors) * kNumberBlocks);
+  number_kernel<<<unsigned(ceil_div(tiles, each)), kNumberThreads, 0, stream>>>(x, out, table, int(each));
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (x.slots > 0)
-    TA_RETURN_IF_ERROR(sort_pairs(table.temporary, table.temporary_bytes, table.keys, table.keys_sorted, table.values,
-                                  table.values_sorted, x.slots, table.bits, stream));
+  if (!out.grouped()) return fill_tails(x, out, stream);
+  if (x.slots > 0) TA_RETURN_IF_ERROR(table.pairs.sort(stream));
   order_kernel<<<over_slots, kThreads, 0, stream>>>(x, out, table);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   count_kernel<<<unsigned(ceil_div(out.capacity + 1, kThreads)), kThreads, 0, stream>>>(out);

@@ -3,8 +3,8 @@
 
 namespace plan {
 
-cudaError_t unique_workspace_bytes(const Occurrences& x, bool in_block, size_t* bytes) {
-  if (!in_block) return table_workspace_bytes(x, bytes);
+cudaError_t unique_workspace_bytes(const Occurrences& x, bool grouped, bool in_block, size_t* bytes) {
+  if (!in_block) return table_workspace_bytes(x, grouped, bytes);
   *bytes = block_workspace_bytes(x);
   return cudaSuccess;
 }

@@ -73,7 +73,7 @@ Tensor fold(const Tensor& values_, const Tensor& index, const Tensor& order, con
   return out;
 }
 
-Tensor expand(const Tensor& rows_, const Tensor& index, const Tensor&, const Tensor&) {
+Tensor expand(const Tensor& rows_, const Tensor& index, const std::optional<Tensor>&, const std::optional<Tensor>&) {
   const Tensor from = rows_of(rows_, "rows");
   const c10::cuda::CUDAGuard guard(from.device());
   const int64_t members = index.numel();

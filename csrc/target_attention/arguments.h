@@ -11,7 +11,8 @@ namespace target_attention {
 
 using at::Tensor;
 
-// Contiguous tensors and sizes of one call; table is the gradient's rows. Names and shapes: ta_plugin/ops/target.py.
+// Contiguous tensors and sizes of one call; table is the gradient's rows, and of use with order and offsets only. Names and shapes:
+// ta_plugin/ops/target.py.
 struct Arguments {
   Tensor q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk;
   int64_t samples, queries, targets, keys, table, heads, heads_kv, head_dim;
@@ -22,8 +23,8 @@ struct Arguments {
   int64_t share() const { return heads / heads_kv; }
 
   Arguments(const Tensor& q_, const Tensor& k_table_, const std::optional<Tensor>& v_table_, const Tensor& rows_,
-            const std::optional<Tensor>& index_, const Tensor& order_, const Tensor& offsets_, const Tensor& cu_seqlens_q_,
-            const Tensor& cu_seqlens_k_,
+            const std::optional<Tensor>& index_, const std::optional<Tensor>& order_,
+            const std::optional<Tensor>& offsets_, const Tensor& cu_seqlens_q_, const Tensor& cu_seqlens_k_,
             const std::optional<Tensor>& weight_, const std::optional<Tensor>& q_chunk_, int64_t max_seqlen_q,
             c10::string_view normaliser) {
     TORCH_CHECK_VALUE(q_.dim() == 3 && q_.is_floating_point(), "q is ", q_.sizes(), " ", q_.dtype(),
@@ -42,9 +43,12 @@ struct Arguments {
     rows = vector(rows_, "rows", at::kLong, rows_.numel());
     keys = rows.numel();
     index = index_.has_value() ? vector(*index_, "index", at::kLong, keys) : rows;
-    order = vector(order_, "order", at::kLong, keys);
-    table = index_.has_value() ? std::max<int64_t>(offsets_.numel(), 1) - 1 : k_table.size(0);
-    offsets = vector(offsets_, "offsets", at::kLong, table + 1);
+    table = k_table.size(0);
+    if (order_.has_value() && offsets_.has_value()) {
+      order = vector(*order_, "order", at::kLong, keys);
+      if (index_.has_value()) table = std::max<int64_t>(offsets_->numel(), 1) - 1;
+      offsets = vector(*offsets_, "offsets", at::kLong, table + 1);
+    }
     cu_seqlens_q = vector(cu_seqlens_q_, "cu_seqlens_q", at::kInt, cu_seqlens_q_.numel());
     cu_seqlens_k = vector(cu_seqlens_k_, "cu_seqlens_k", at::kInt, cu_seqlens_q.numel());
     TORCH_CHECK_VALUE(cu_seqlens_q.numel() > 0, "cu_seqlens_q is empty; pass (B + 1,) bounds");

@@ -43,7 +43,8 @@ Tensor workspace(size_t bytes, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k_table, const std::optional<Tensor>& v_table,
-                                        const Tensor& rows, const std::optional<Tensor>& index, const Tensor& order, const Tensor& offsets,
+                                        const Tensor& rows, const std::optional<Tensor>& index, const std::optional<Tensor>& order,
+                                        const std::optional<Tensor>& offsets,
                                         const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                         const std::optional<Tensor>& weight, const std::optional<Tensor>& q_chunk,
                                         int64_t max_seqlen_q, double scale, c10::string_view normaliser) {
@@ -61,8 +62,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k_table, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k_table,
-    const std::optional<Tensor>& v_table, const Tensor& rows, const std::optional<Tensor>& index, const Tensor& order,
-    const Tensor& offsets,
+    const std::optional<Tensor>& v_table, const Tensor& rows, const std::optional<Tensor>& index,
+    const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& q_chunk, int64_t max_seqlen_q, double scale, c10::string_view normaliser,
     const Tensor& out, const Tensor& lse, bool need_dweight) {
@@ -70,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
                     normaliser);
   const c10::cuda::CUDAGuard guard(q.device());
   const Problem p = problem_of(a, scale);
+  TORCH_CHECK_VALUE(a.order.defined(), "order and offsets are None; backward takes both");
   TORCH_CHECK_VALUE(dout.sizes() == a.q.sizes() && out.sizes() == a.q.sizes() && out.is_contiguous(), "dout is ",
                     dout.sizes(), "; pass ", a.q.sizes());
   TORCH_CHECK_VALUE(backward_fits(p), "head_dim is ", a.head_dim, " of ", a.q.dtype(), ", whose backward takes more shared memory "

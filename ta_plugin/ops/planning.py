@@ -25,8 +25,8 @@ class UniqueRows:
     counts:          (U,) int64
     cu_occurrences:  (B + 1,) int64, bounds of each sample's occurrences
     inverse:         (M,) int64, the row of each occurrence
-    order:           (M,) int64, occurrences by row, ascending within one
-    offsets:         (U + 1,) int64, where each row begins in `order`
+    grouped:         order (M,) int64, occurrences by row, ascending within one, and offsets (U + 1,) int64, where each row begins in
+                     it; None where they were not asked for
     slots:           (M,) int64, slot of each occurrence in the padded grid; empty for packed input
     lowest, highest: of the samples' lengths
     well_formed:     whether the lengths or bounds make sense; if not, M = U = 0
@@ -37,20 +37,20 @@ class UniqueRows:
     counts: Tensor
     cu_occurrences: Tensor
     inverse: Tensor
-    order: Tensor
-    offsets: Tensor
+    grouped: tuple[Tensor, Tensor] | None
     slots: Tensor
     lowest: int
     highest: int
     well_formed: bool
 
 
-def unique_rows(tokens: Tensor, extents: Tensor) -> UniqueRows:
+def unique_rows(tokens: Tensor, extents: Tensor, grouped: bool) -> UniqueRows:
     """Tokens (B, L) int64 with lengths (B,) int64, or packed tokens (M,) with bounds (B + 1,) int64.
 
-    One host synchronisation, for the sizes. Without any: torch.ops.ta_plugin.unique with a number of rows.
+    `grouped` says whether occurrences are wanted by row as well: `GROUP` finds that later, at a higher price. One host synchronisation, for
+    the sizes. Without any: torch.ops.ta_plugin.unique with a number of rows.
     """
-    *found, sizes = UNIQUE(tokens, extents, -1)
+    *found, sizes = UNIQUE(tokens, extents, -1, grouped)
     members, rows, lowest, highest, well_formed = sizes.tolist()
     distinct, cu_seqlens, counts, cu_occurrences, inverse, order, offsets, slots = found
     return UniqueRows(
@@ -59,8 +59,7 @@ def unique_rows(tokens: Tensor, extents: Tensor) -> UniqueRows:
         counts[:rows],
         cu_occurrences,
         inverse[:members],
-        order[:members],
-        offsets[: rows + 1],
+        (order[:members], offsets[: rows + 1]) if grouped else None,
         slots[:members],
         lowest,
         highest,
@@ -68,8 +67,8 @@ def unique_rows(tokens: Tensor, extents: Tensor) -> UniqueRows:
     )
 
 
-def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """As the compiled operator: the same sizes, and nothing visits the host.
+def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int, grouped: bool = True) -> tuple[Tensor, ...]:
+    """As the compiled operator: the same sizes, and nothing visits the host. Order and offsets are empty unless `grouped`.
 
     With a number of `rows`, packed tokens may end before their slots do: bounds[-1] <= M. What lies past the rows and occurrences there are
     is filled: distinct with the first token, offsets with M, all else with 0. Where there are more distinct tokens than `rows`, cu_seqlens,
@@ -119,6 +118,8 @@ def _unique_in_torch(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor
         distinct = torch.where(torch.arange(rows, device=device) < num_rows, distinct, distinct[:1])
         cu_seqlens, counts, inverse, offsets = (x * fits for x in (cu_seqlens, counts, inverse, offsets))
     sizes = torch.stack([bounds[-1], num_rows, lowest, highest, well_formed.long()])
+    if not grouped:
+        by_row, offsets = by_row[:0], offsets[:0]
     return distinct, cu_seqlens.int(), counts, bounds, inverse, by_row, offsets, grid, sizes
 
 
@@ -152,12 +153,21 @@ def _placed(size: int, where: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(size + 1).scatter_(0, where, values)[:size]
 
 
-def _unique_like(tokens: Tensor, extents: Tensor, rows: int) -> tuple[Tensor, ...]:
+def _unique_like(tokens: Tensor, extents: Tensor, rows: int, grouped: bool = True) -> tuple[Tensor, ...]:
     slots = tokens.numel()
     capacity = slots if rows < 0 else rows
     bounds = extents.shape[0] + (1 if tokens.dim() == 2 else 0)
-    widths = (capacity, bounds, capacity, bounds, slots, slots, capacity + 1, slots if tokens.dim() == 2 else 0, 5)
+    by_row = (slots, capacity + 1) if grouped else (0, 0)
+    widths = (capacity, bounds, capacity, bounds, slots, *by_row, slots if tokens.dim() == 2 else 0, 5)
     return tuple(tokens.new_empty(n, dtype=torch.int32 if i == 1 else torch.int64) for i, n in enumerate(widths))
+
+
+def _group_in_torch(index: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """index (M,) and counts (U,) -> order (M,), members by segment, and offsets (U + 1,); members behind offsets[U] are of none."""
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    there = torch.arange(index.shape[0], device=index.device) < offsets[-1]
+    order = torch.where(there, index, counts.shape[0]).argsort(stable=True)
+    return torch.where(there, order, 0), offsets
 
 
 def _owners_in_torch(ids: Tensor, ranks: int, vocab: int, multiplier: int) -> Tensor:
@@ -189,10 +199,16 @@ def _partition_in_torch(owner: Tensor, bounds: Tensor, ranks: int) -> tuple[Tens
 
 UNIQUE = Operator(
     "unique",
-    "(Tensor tokens, Tensor extents, int rows) -> "
+    "(Tensor tokens, Tensor extents, int rows, bool grouped=True) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _unique_in_torch,
     _unique_like,
+)
+GROUP = Operator(
+    "group",
+    "(Tensor index, Tensor counts) -> (Tensor order, Tensor offsets)",
+    _group_in_torch,
+    lambda index, counts: (torch.empty_like(index), counts.new_empty(counts.shape[0] + 1)),
 )
 OWNERS = Operator(
     "owners",

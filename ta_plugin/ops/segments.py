@@ -7,43 +7,85 @@ csrc/rows/segments.cu and logsumexp.cu.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ta_plugin.ops.planning import GROUP
 from ta_plugin.ops.registry import Operator
 
 
-@dataclass(frozen=True)
 class Segments:
     """A map of M members onto U segments, with its inverse in compressed form.
 
     index:   (M,) int64, the segment of each member
     order:   (M,) int64, members sorted by segment, ascending within one
     offsets: (U + 1,) int64, where each segment starts in `order`; members from offsets[U] on belong to none, and point anywhere
+
+    Sums over members need order and offsets, and so do gradients. With `counts` (U,) int64 of members in their place they are found when
+    they are first read.
     """
 
-    index: Tensor
-    order: Tensor
-    offsets: Tensor
+    def __init__(
+        self,
+        index: Tensor,
+        order: Tensor | None = None,
+        offsets: Tensor | None = None,
+        *,
+        counts: Tensor | None = None,
+    ) -> None:
+        self.index, self._counts = index, counts
+        self._given = None if order is None or offsets is None else (order, offsets)
+        if (self._given is None) == (counts is None):
+            raise ValueError("segments take order and offsets, or counts; pass one of the two")
+        self.num_segments = counts.numel() if counts is not None else offsets.numel() - 1  # type: ignore[union-attr]
+
+    @classmethod
+    def found(cls, index: Tensor, grouped: Sequence[Tensor] | None, counts: Tensor) -> Segments:
+        """With order and offsets where they were found, else with counts."""
+        return cls(index, counts=counts) if grouped is None else cls(index, *grouped)
 
     @property
     def num_members(self) -> int:
         return self.index.numel()
 
     @property
-    def num_segments(self) -> int:
-        return self.offsets.numel() - 1
+    def order(self) -> Tensor:
+        return self.grouped[0]
+
+    @property
+    def offsets(self) -> Tensor:
+        return self.grouped[1]
+
+    @property
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """Order and offsets."""
+        if self._given is not None:
+            return self._given
+        found: tuple[Tensor, Tensor] = GROUP(self.index, self._counts)
+        # what a graph finds lies in its own memory, and holds nothing before a replay
+        if not (self.index.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._given = found
+        return found
+
+    def grouped_for(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Order and offsets where a gradient flows to any of the inputs, else None: what only backward reads."""
+        flows = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        return self.grouped if flows else (None, None)
+
+    def with_empty(self, more: int) -> Segments:
+        """The same with more segments behind the others, without members."""
+        if self._given is None and self._counts is not None:
+            return Segments(self.index, counts=F.pad(self._counts, (0, more)))
+        return Segments(self.index, self.order, F.pad(self.offsets, (0, more), value=self.num_members))
 
     @classmethod
     def from_index(cls, index: Tensor, num_segments: int) -> Segments:
         """Segments of an index (M,) int64 whose values lie in [0, num_segments)."""
-        offsets = index.new_zeros(num_segments + 1)
-        torch.cumsum(torch.bincount(index, minlength=num_segments), 0, out=offsets[1:])
-        return cls(index, torch.argsort(index, stable=True), offsets)
+        return cls(index, counts=torch.bincount(index, minlength=num_segments))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """As the operators take them: index, order, offsets."""
@@ -59,7 +101,7 @@ def segment_sum(values: Tensor, segments: Segments) -> Tensor:
 def expand(rows: Tensor, segments: Segments) -> Tensor:
     """Each member's segment row: rows (U, ...) floating -> (M, ...), same dtype. The transpose of `segment_sum`."""
     _check_rows("rows", rows, segments.num_segments)
-    return EXPAND(rows, *segments.tensors())
+    return EXPAND(rows, segments.index, *segments.grouped_for(rows))
 
 
 def segment_logsumexp(values: Tensor, segments: Segments) -> Tensor:
@@ -89,7 +131,7 @@ def _sum_in_torch(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor)
     return summed[:segments].reshape(segments, *values.shape[1:])
 
 
-def _expand_in_torch(rows: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+def _expand_in_torch(rows: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
     return rows.index_select(0, index)
 
 
@@ -108,7 +150,7 @@ def _segments_like(values: Tensor, index: Tensor, order: Tensor, offsets: Tensor
     return values.new_empty(offsets.shape[0] - 1, *values.shape[1:])
 
 
-def _members_like(rows: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+def _members_like(rows: Tensor, index: Tensor, order: Tensor | None, offsets: Tensor | None) -> Tensor:
     return rows.new_empty(index.shape[0], *rows.shape[1:])
 
 
@@ -139,7 +181,13 @@ SEGMENT_SUM = Operator(
     "segment_sum", f"(Tensor values, {_SEGMENTS}", _sum_in_torch, _segments_like, _keep_segments, _sum_backward
 )
 EXPAND = Operator(
-    "expand", f"(Tensor rows, {_SEGMENTS}", _expand_in_torch, _members_like, _keep_segments, _expand_backward
+    # order and offsets are backward's: None where none will run
+    "expand",
+    "(Tensor rows, Tensor index, Tensor? order, Tensor? offsets) -> Tensor",
+    _expand_in_torch,
+    _members_like,
+    _keep_segments,
+    _expand_backward,
 )
 SEGMENT_LOGSUMEXP = Operator(
     "segment_logsumexp",

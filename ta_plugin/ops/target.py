@@ -2,7 +2,8 @@
 
 Kernels: csrc/cpu/target_attention.cpp and csrc/target_attention/. The gradient of a table row is the sum over its members (the
 keys that name it) in ascending order, never by atomics: forward and backward are bitwise repeatable. With `index` (K,) the gradient is
-summed by it and not by `rows`, and is that of a part of the table's rows, (offsets.numel() - 1, Hk, D): see `RowsInPlace`.
+summed by it and not by `rows`, and is that of a part of the table's rows, (offsets.numel() - 1, Hk, D): see `RowsInPlace`. Order and
+offsets are backward's: None where none will run.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def _forward_in_torch(
     v_table: Tensor | None,
     rows: Tensor,
     index: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
+    order: Tensor | None,
+    offsets: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     weight: Tensor | None,
@@ -246,12 +247,13 @@ def attend(
     q: Tensor, k_table: Tensor, v_table: Tensor | None, rows: Segments | RowsInPlace, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """`TARGET_ATTENTION`, with one table in place or with tables whose gradients are whole."""
+    tensors = (q, k_table, v_table, *(x for x in rest if isinstance(x, Tensor)))
     if isinstance(rows, Segments):
-        return TARGET_ATTENTION(q, k_table, v_table, rows.index, None, rows.order, rows.offsets, *rest)
+        return TARGET_ATTENTION(q, k_table, v_table, rows.index, None, *rows.grouped_for(*tensors), *rest)
     segments = rows.segments
-    inputs = (q, k_table, v_table, rows.rows, segments.index, segments.order, segments.offsets, *rest)
     if rows.record is None:
-        return TARGET_ATTENTION(*inputs)
+        return TARGET_ATTENTION(q, k_table, v_table, rows.rows, segments.index, *segments.grouped_for(*tensors), *rest)
+    inputs = (q, k_table, v_table, rows.rows, segments.index, *segments.grouped, *rest)
     anchor = torch.empty(0, device=q.device, requires_grad=True)  # backward runs also where q needs no gradient
     return _InPlace.apply(anchor, rows.record, *inputs)
 
@@ -274,7 +276,7 @@ def _weight_gradient(
 
 
 _INPUTS = (
-    "Tensor q, Tensor k_table, Tensor? v_table, Tensor rows, Tensor? index, Tensor order, Tensor offsets, "
+    "Tensor q, Tensor k_table, Tensor? v_table, Tensor rows, Tensor? index, Tensor? order, Tensor? offsets, "
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? weight, Tensor? q_chunk, int max_seqlen_q, float scale, str normaliser"
 )
 TARGET_ATTENTION = Operator(

@@ -25,11 +25,15 @@ def plans(device: str) -> None:
         tokens[:, ::3] = 7  # a hot token
         lengths = torch.tensor([length, *[length // 2] * (samples - 1)], device=device)
         for rows in (-1, samples * length):
-            found = op.unique(tokens.to(device), lengths, rows)
-            assert int(found[-1][0]) == int(lengths.sum())
+            for grouped in (True, False):
+                found = op.unique(tokens.to(device), lengths, rows, grouped)
+                assert int(found[-1][0]) == int(lengths.sum())
         bounds = torch.arange(samples + 1, device=device) * length
         flat = op.unique(tokens.view(-1).to(device), bounds, -1)
         assert int(flat[-1][0]) == samples * length
+        later = op.unique(tokens.view(-1).to(device), bounds, -1, False)
+        order, offsets = op.group(later[4], later[2][: int(later[-1][1])])
+        assert torch.equal(order, flat[5]) and offsets[-1] == samples * length
         owner = op.owners(flat[0][: int(flat[-1][1])], 3, 1009, 7)
         order, sizes = op.partition(owner, torch.tensor([0, owner.numel()], device=device), 3)
         assert int(sizes.sum()) == order.numel()

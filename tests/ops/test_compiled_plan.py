@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ta_plugin import UniqueSpace
+from ta_plugin.ops import Segments
 from ta_plugin.routing import HashOwners, PermutedRows
 
 Ops = Callable[[str], Any]
@@ -59,6 +60,23 @@ def same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         assert got.dtype == want.dtype and torch.equal(got, want), name
 
 
+def check(compiled: Ops, plain: Ops, device: str, tokens: Tensor, extents: Tensor) -> tuple[Tensor, ...]:
+    """What the compiled operator finds, right in both forms; and grouped afterwards, as with the rows."""
+    expected = plain("unique")(tokens, extents, -1)
+    tokens, extents = tokens.to(device), extents.to(device)
+    found = compiled("unique")(tokens, extents, -1)
+    same(found, expected)
+    rows = compiled("unique")(tokens, extents, -1, False)
+    assert rows[5].numel() == rows[6].numel() == 0
+    later = trimmed(rows)
+    later["order"], later["offsets"] = (
+        x.cpu() for x in compiled("group")(later["inverse"].to(device), later["counts"].to(device))
+    )
+    for (name, got), want in zip(later.items(), trimmed(expected).values(), strict=True):
+        assert torch.equal(got, want), f"{name}, grouped afterwards"
+    return found
+
+
 @given(batches, st.integers(0, 3), st.booleans())
 def test_compiled_equals_plain_torch(
     device: str, compiled: Ops, plain: Ops, samples: list[list[int]], extra: int, packed: bool
@@ -71,18 +89,15 @@ def test_compiled_equals_plain_torch(
     else:
         tokens = torch.tensor([s + [s[0] if s else 1] * (width - len(s)) for s in samples], dtype=torch.int64)
         tokens, extents = tokens.view(len(samples), width), lengths
-    same(compiled("unique")(tokens.to(device), extents.to(device), -1), plain("unique")(tokens, extents, -1))
+    check(compiled, plain, device, tokens, extents)
 
 
 # at and beside the edges of what a block of each size holds, and beyond all of them
 @pytest.mark.parametrize("length", [0, 1, 31, 33, 1000, 1024, 1025, 4096, 4097, 16384, 16390, 100_000])
 def test_lengths_around_a_block(device: str, compiled: Ops, plain: Ops, length: int) -> None:
     for name, (tokens, lengths) in kinds(length).items():
-        expected = plain("unique")(tokens, lengths, -1)
-        ours = compiled("unique")(tokens.to(device), lengths.to(device), -1)
-        same(ours, expected)
-        flat, bounds = tokens.reshape(-1), torch.arange(4) * length
-        same(compiled("unique")(flat.to(device), bounds.to(device), -1), plain("unique")(flat, bounds, -1))
+        ours = check(compiled, plain, device, tokens, lengths)
+        check(compiled, plain, device, tokens.reshape(-1), torch.arange(4) * length)
         assert name != "one hot token" or int(ours[-1][1]) == (3 if length else 0)
 
 
@@ -110,22 +125,22 @@ def test_ids_whose_hashes_collide(
     g = torch.Generator().manual_seed(length)
     tokens = ids_of(length // 2)[torch.randint(0, length // 2, (2, length), generator=g)]
     lengths = torch.tensor([length, length - 1])
-    same(compiled("unique")(tokens.to(device), lengths.to(device), -1), plain("unique")(tokens, lengths, -1))
-    flat = tokens.view(-1)
+    check(compiled, plain, device, tokens, lengths)
     for bounds in (torch.tensor([0, 2 * length]), torch.tensor([0, length, 2 * length])):
-        same(compiled("unique")(flat.to(device), bounds.to(device), -1), plain("unique")(flat, bounds, -1))
+        check(compiled, plain, device, tokens.view(-1), bounds)
 
 
 def test_many_samples_repeat_to_the_bit(device: str, compiled: Ops, plain: Ops) -> None:
     g = torch.Generator().manual_seed(1)
     tokens, lengths = zipf(700, 50, 300), torch.randint(0, 51, (700,), generator=g)
-    same(compiled("unique")(tokens.to(device), lengths.to(device), -1), plain("unique")(tokens, lengths, -1))
+    check(compiled, plain, device, tokens, lengths)
     args = (zipf(64, 3000, 4000).to(device), torch.randint(0, 3001, (64,), generator=g).to(device), -1)
     for tokens, extents, _ in (args, (args[0].reshape(-1), torch.arange(65, device=device) * 3000, -1)):
-        first = trimmed(compiled("unique")(tokens, extents, -1))
-        for _ in range(20):
-            again = trimmed(compiled("unique")(tokens, extents, -1))
-            assert all(torch.equal(again[name], first[name]) for name in NAMES)
+        for grouped in (True, False):
+            first = trimmed(compiled("unique")(tokens, extents, -1, grouped))
+            for _ in range(20):
+                again = trimmed(compiled("unique")(tokens, extents, -1, grouped))
+                assert all(torch.equal(again[name], first[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -159,10 +174,32 @@ def test_rows_that_do_not_fit_are_none(device: str, compiled: Ops, plain: Ops, l
         for name, want in zip(NAMES, plain("unique")(tokens, extents, room), strict=True):
             assert torch.equal(by_name[name], want), (name, room)
         assert by_name["sizes"][1] == rows  # says whether they fit
+        for name, got in zip(
+            NAMES, compiled("unique")(tokens.to(device), extents.to(device), room, False), strict=True
+        ):
+            assert got.numel() == 0 if name in ("order", "offsets") else torch.equal(got.cpu(), by_name[name]), (
+                name,
+                room,
+            )
         for name in ("cu_seqlens", "counts", "inverse", "offsets"):
             assert bool(by_name[name].any()) == (rows <= room)
         first = tokens.reshape(-1)[0]
         assert bool((by_name["distinct"][rows:] == first).all()) and by_name["distinct"][0] == first
+
+
+@given(st.lists(st.integers(0, 6), max_size=200), st.integers(0, 9), st.integers(0, 9))
+def test_members_are_grouped_by_segment(
+    device: str, compiled: Ops, plain: Ops, segments: list[int], empty: int, none: int
+) -> None:
+    index = torch.tensor(segments, dtype=torch.int64)
+    counts = torch.bincount(index, minlength=7 + empty)
+    index = torch.cat([index, index.new_full((none,), 99)])  # of no segment, whatever they say
+    order, offsets = compiled("group")(index.to(device), counts.to(device))
+    by_segment = [[i for i, s in enumerate(segments) if s == which] for which in range(7 + empty)]
+    assert order.tolist() == [i for members in by_segment for i in members] + [0] * none
+    assert offsets.tolist() == [sum(map(len, by_segment[:s])) for s in range(8 + empty)]
+    for got, want in zip((order, offsets), plain("group")(index, counts), strict=True):
+        assert torch.equal(got.cpu(), want)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +295,8 @@ def test_torch_accepts_the_operators(device: str, compiled: Ops) -> None:
     tokens, lengths = torch.tensor([[5, 5, 9], [9, 1, 1]], device=device), torch.tensor([3, 2], device=device)
     torch.library.opcheck(compiled("unique").default, (tokens, lengths, 6))
     torch.library.opcheck(compiled("unique").default, (tokens.view(-1), torch.tensor([0, 4, 6], device=device), 6))
+    torch.library.opcheck(compiled("unique").default, (tokens, lengths, 6, False))
+    torch.library.opcheck(compiled("group").default, (torch.tensor([0, 1, 0, 0, 0], device=device), lengths - 1))
     torch.library.opcheck(compiled("owners").default, (tokens.view(-1), 3, 100, 7))
     torch.library.opcheck(compiled("local_rows").default, (tokens.view(-1), 2, 5, 100, 7, -1))
     bounds = torch.tensor([0, 2, 3], device=device)
@@ -279,3 +318,17 @@ def test_a_plan_with_rows_is_captured_in_a_graph(device: str, compiled: Ops, pla
     lengths.copy_(torch.tensor([1, length, length, 7]))
     graph.replay()
     same(found, plain("unique")(tokens.cpu(), lengths.cpu(), -1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_what_a_graph_groups_stays_in_it(device: str) -> None:
+    if device != "cuda":
+        return
+    segments = Segments.from_index(torch.tensor([2, 0, 2, 1], device=device), 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = segments.order
+    outside = segments.order  # before a replay
+    assert outside.tolist() == [1, 3, 0, 2] and segments.order is outside
+    graph.replay()
+    assert inside is not outside and torch.equal(inside, outside)

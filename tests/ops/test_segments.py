@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ta_plugin.attention import target_attention
 from ta_plugin.ops import Segments, expand, segment_logsumexp, segment_sum
+from ta_plugin.ops import segments as module
 from ta_plugin.ops.connect import connect
 
 indices = st.lists(st.integers(0, 4), max_size=12)
@@ -31,6 +35,43 @@ def test_segments_list_their_members_in_ascending_order(index: list[int]) -> Non
     for s in range(6):
         members = segments.order[segments.offsets[s] : segments.offsets[s + 1]].tolist()
         assert members == [j for j, x in enumerate(index) if x == s]
+
+
+@pytest.fixture
+def groupings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many members each grouping had."""
+    found: list[int] = []
+    group = module.GROUP
+
+    def counted(index: Tensor, counts: Tensor) -> Any:
+        found.append(index.numel())
+        return group(index, counts)
+
+    monkeypatch.setattr(module, "GROUP", counted)
+    return found
+
+
+def test_members_are_grouped_once_and_only_where_somebody_reads_them(groupings: list[int]) -> None:
+    index = [3, 0, 3, 3, 1]
+    segments, rows = segments_of(index), values_of([0] * 6, (2,)).requires_grad_()
+    q, bounds = torch.randn(1, 1, 2, dtype=torch.float64), torch.tensor([0, 5], dtype=torch.int32)
+    with torch.no_grad():
+        spread = expand(rows, segments)
+        target_attention(q, rows.unsqueeze(1), None, segments, torch.tensor([0, 1], dtype=torch.int32), bounds)
+    assert torch.equal(spread, rows[index]) and groupings == []
+    expand(rows, segments).sum().backward()
+    assert rows.grad is not None and rows.grad[:, 0].tolist() == [1, 1, 0, 3, 0, 0]
+    assert torch.equal(segment_sum(spread, segments), rows.detach() * rows.grad) and groupings == [5]
+    more = segments_of(index).with_empty(2)
+    assert more.offsets.tolist() == [0, 1, 2, 2, 5, 5, 5, 5, 5] and more.order.tolist() == segments.order.tolist()
+    assert Segments(segments.index, *segments.grouped).with_empty(2).offsets.tolist() == more.offsets.tolist()
+
+
+def test_segments_take_one_of_two_forms() -> None:
+    index = torch.zeros(3, dtype=torch.int64)
+    for wrong in ({}, {"order": index}, {"order": index, "offsets": index, "counts": index}):
+        with pytest.raises(ValueError, match="pass one of the two"):
+            Segments(index, **wrong)
 
 
 @given(indices, st.sampled_from(TRAILING))

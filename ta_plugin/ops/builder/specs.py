@@ -10,7 +10,7 @@ from typing import Literal
 CUDA_ARCHITECTURES = ("80", "90a", "100")  # built ahead of time; a kernel that needs one of them says so in its spec
 
 ROW_OPERATORS = ("segment_sum", "segment_logsumexp", "expand", "merge", "merge_into", "merge_backward")
-PLAN_OPERATORS = ("unique", "owners", "local_rows", "partition")
+PLAN_OPERATORS = ("unique", "group", "owners", "local_rows", "partition")
 BUCKET_OPERATORS = ("bucket", "compact", "spread")
 TARGET_OPERATORS = ("target_attention", "target_attention_backward")
 
