@@ -1,5 +1,6 @@
 // Launches the forward pass.
 #include "forward.cuh"
+#include "forward_rows32.cuh"
 #include "launch.cuh"
 
 namespace target_attention {
@@ -17,6 +18,15 @@ cudaError_t launch(const ForwardParameters& parameters, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+cudaError_t launch_wide(const ForwardParameters& parameters, cudaStream_t stream) {
+  constexpr size_t kBytes = sizeof(WideForward::Shared);
+  TA_RETURN_IF_ERROR(allow_shared(wide_forward_kernel, kBytes));
+  const Problem& p = parameters.p;
+  const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv, ceil_div(parameters.row_slots, WideForward::kRows));
+  wide_forward_kernel<<<grid, kThreads, kBytes, stream>>>(parameters);
+  return cudaGetLastError();
+}
+
 template <typename T, int kDim, int kGroups, bool kOneTable>
 cudaError_t launch_weights(const ForwardParameters& parameters, cudaStream_t stream) {
   return is_plain(parameters.p) ? launch<MmaForward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
@@ -28,6 +38,8 @@ cudaError_t launch_rows(const ForwardParameters& parameters, cudaStream_t stream
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) {
     return cudaErrorInvalidValue;
   } else if constexpr (kDim <= 128) {
+    if constexpr (sizeof(T) == 4 && kDim == WideForward::kDim && kOneTable)
+      if (parameters.row_slots > 16 && is_plain(parameters.p) && is_hopper()) return launch_wide(parameters, stream);
     return parameters.row_slots <= 16 ? launch_weights<T, kDim, 1, kOneTable>(parameters, stream)
                                       : launch_weights<T, kDim, 2, kOneTable>(parameters, stream);
   } else {
