@@ -186,19 +186,18 @@ class KeyStream {
   }
 
  private:
-  // Row and weight of the next tile to be copied, one key a lane: an order ahead, so that nobody waits for an index.
+  // Row and weight of the next tile to be copied, one key a lane: an order ahead, and not looked at until then, so that nobody waits
+  // for them.
   __device__ void peek() {
     const int lane = threadIdx.x % 32, key = first_ + issued_ * kWarps * Shape::kTile + lane;
     const bool softmax = p_.normaliser == Normaliser::kSoftmax;
     row_ = into_ = -1;
-    present_ = false;
     weight_ = softmax ? -CUDART_INF_F : 0.f;
     if (lane < Shape::kTile && key < end_) {
       row_ = static_cast<int>(p_.rows[key]);
       if (Shape::kRow) into_ = static_cast<int>(index_[key]);
       weight_ = softmax ? 0.f : 1.f;
       if (weights_ == Weights::kPerKey) weight_ = p_.weight[key * p_.weight_stride_key];
-      present_ = !softmax || weight_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
     }
   }
 
@@ -212,7 +211,9 @@ class KeyStream {
         copy_async_8(&stage.members[lane][0], offsets_ + max(into_, 0));
         copy_async_8(&stage.members[lane][1], offsets_ + max(into_, 0) + 1);
       }
-      const int read = present_ ? row_ : -1, row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
+      const bool absent = p_.normaliser == Normaliser::kSoftmax && weight_ == -CUDART_INF_F;
+      const int read = absent ? -1 : row_;  // an absent row may hold NaN and is not read
+      const int row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
 #pragma unroll
       for (int part = 0; part < kPerLane; ++part) {
         const int piece = part * 32 + lane % kPieces;
@@ -243,7 +244,6 @@ class KeyStream {
   int first_, end_, tiles_, head_;
   int issued_ = 0;
   int row_, into_;
-  bool present_;
   float weight_;
   Weights weights_;
 };
