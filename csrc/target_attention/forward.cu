@@ -1,26 +1,34 @@
 // Launches the forward pass.
 #include "forward.cuh"
+#include "forward_wide.cuh"
 #include "launch.cuh"
 
 namespace target_attention {
 namespace {
 
-template <class Worker>
-cudaError_t launch(const ForwardParameters& parameters, cudaStream_t stream) {
-  const auto kernel = forward_kernel<Worker>;
-  constexpr size_t kBytes = sizeof(ForwardShared<Worker>);
-  TA_RETURN_IF_ERROR(allow_shared(kernel, kBytes));
+template <class Kernel>
+cudaError_t launch(Kernel kernel, size_t shared_bytes, int rows, const ForwardParameters& parameters, cudaStream_t stream) {
+  TA_RETURN_IF_ERROR(allow_shared(kernel, shared_bytes));
   const Problem& p = parameters.p;
-  const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv,
-                  (parameters.row_slots + Worker::kRows - 1) / Worker::kRows);
-  kernel<<<grid, kThreads, kBytes, stream>>>(parameters);
+  const dim3 grid(Chunks::slots(p, parameters.chunks.length), p.heads_kv, ceil_div(parameters.row_slots, rows));
+  kernel<<<grid, kThreads, shared_bytes, stream>>>(parameters);
   return cudaGetLastError();
+}
+
+template <class Worker>
+cudaError_t launch_warps(const ForwardParameters& parameters, cudaStream_t stream) {
+  return launch(forward_kernel<Worker>, sizeof(ForwardShared<Worker>), Worker::kRows, parameters, stream);
+}
+
+template <class Worker>
+cudaError_t launch_wide(const ForwardParameters& parameters, cudaStream_t stream) {
+  return launch(wide_forward_kernel<Worker>, sizeof(typename Worker::Shared), Worker::kRows, parameters, stream);
 }
 
 template <typename T, int kDim, int kGroups, bool kOneTable>
 cudaError_t launch_weights(const ForwardParameters& parameters, cudaStream_t stream) {
-  return is_plain(parameters.p) ? launch<MmaForward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
-                                : launch<MmaForward<T, kDim, kGroups, kOneTable, false>>(parameters, stream);
+  return is_plain(parameters.p) ? launch_warps<MmaForward<T, kDim, kGroups, kOneTable, true>>(parameters, stream)
+                                : launch_warps<MmaForward<T, kDim, kGroups, kOneTable, false>>(parameters, stream);
 }
 
 template <typename T, int kDim, bool kOneTable>
@@ -28,6 +36,10 @@ cudaError_t launch_rows(const ForwardParameters& parameters, cudaStream_t stream
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) {
     return cudaErrorInvalidValue;
   } else if constexpr (kDim <= 128) {
+    if constexpr (sizeof(T) == 4 && kDim == 128 && kOneTable)
+      if (is_plain(parameters.p) && is_hopper())
+        return parameters.row_slots <= 16 ? launch_wide<WideForward<16>>(parameters, stream)
+                                          : launch_wide<WideForward<32>>(parameters, stream);
     return parameters.row_slots <= 16 ? launch_weights<T, kDim, 1, kOneTable>(parameters, stream)
                                       : launch_weights<T, kDim, 2, kOneTable>(parameters, stream);
   } else {

@@ -16,6 +16,12 @@ inline int multiprocessors() {
   return count;
 }
 
+inline bool is_hopper() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
 // Bytes of shared memory that a block may ask for.
 inline size_t shared_limit() {
   int device = 0, bytes = 0;

@@ -122,14 +122,22 @@ __device__ void load_queries(T* shared, const void* source, const Problem& p, co
 // What a key brings beside its row: the row of the gradient that it adds to, and the bounds of that row's members.
 enum class Brings { kNothing, kRow, kRowAndMembers };
 
-// kOneTable: values are the keys.
-template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, Brings kBrings = Brings::kNothing>
+// kOneTable: values are the keys. kTogether: all warps of the block read each warp's tiles, so that they have equally many of them;
+// rows lie without gaps, and their pieces of 16 bytes change places instead.
+template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, Brings kBrings = Brings::kNothing,
+          bool kTogether_ = false>
 struct TileShape {
   using T = T_;
   static constexpr int kDim = kDim_, kTile = kTile_, kStages = kStages_;
   static constexpr bool kOneTable = kOneTable_, kRow = kBrings != Brings::kNothing;
-  static constexpr bool kMembers = kBrings == Brings::kRowAndMembers;
-  static constexpr int kStride = kDim + 16 / sizeof(T);  // rows start 4 banks apart: matrix loads meet no conflict
+  static constexpr bool kMembers = kBrings == Brings::kRowAndMembers, kTogether = kTogether_;
+  static constexpr int kPiece = 16 / sizeof(T);
+  static constexpr int kStride = kDim + (kTogether ? 0 : kPiece);  // rows start 4 banks apart: matrix loads meet no conflict
+
+  // Where 16 bytes of a row lie.
+  __device__ static constexpr int at(int row, int piece) {
+    return row * kStride + (kTogether ? piece ^ (row % 8) ^ (row / 8 % 2 * 4) : piece) * kPiece;
+  }
 
   struct alignas(16) Stage {
     T rows[kOneTable ? 1 : 2][kTile * kStride];
@@ -158,7 +166,8 @@ class KeyStream {
       : p_(p), stages_(stages), index_(index), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
     first_ = chunk.begin + int(threadIdx.x) / 32 * Shape::kTile;
     constexpr int kStep = kWarps * Shape::kTile;
-    tiles_ = first_ < end_ ? (end_ - first_ + kStep - 1) / kStep : 0;
+    const int from = Shape::kTogether ? chunk.begin : first_;
+    tiles_ = from < end_ ? (end_ - from + kStep - 1) / kStep : 0;
     peek();
     for (int s = 0; s + 1 < Shape::kStages; ++s) issue();
   }
@@ -177,19 +186,18 @@ class KeyStream {
   }
 
  private:
-  // Row and weight of the next tile to be copied, one key a lane: an order ahead, so that nobody waits for an index.
+  // Row and weight of the next tile to be copied, one key a lane: an order ahead, and not looked at until then, so that nobody waits
+  // for them.
   __device__ void peek() {
     const int lane = threadIdx.x % 32, key = first_ + issued_ * kWarps * Shape::kTile + lane;
     const bool softmax = p_.normaliser == Normaliser::kSoftmax;
     row_ = into_ = -1;
-    present_ = false;
     weight_ = softmax ? -CUDART_INF_F : 0.f;
     if (lane < Shape::kTile && key < end_) {
       row_ = static_cast<int>(p_.rows[key]);
       if (Shape::kRow) into_ = static_cast<int>(index_[key]);
       weight_ = softmax ? 0.f : 1.f;
       if (weights_ == Weights::kPerKey) weight_ = p_.weight[key * p_.weight_stride_key];
-      present_ = !softmax || weight_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
     }
   }
 
@@ -203,7 +211,9 @@ class KeyStream {
         copy_async_8(&stage.members[lane][0], offsets_ + max(into_, 0));
         copy_async_8(&stage.members[lane][1], offsets_ + max(into_, 0) + 1);
       }
-      const int read = present_ ? row_ : -1, row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
+      const bool absent = p_.normaliser == Normaliser::kSoftmax && weight_ == -CUDART_INF_F;
+      const int read = absent ? -1 : row_;  // an absent row may hold NaN and is not read
+      const int row_bytes = p_.heads_kv * p_.head_dim * int(sizeof(T));
 #pragma unroll
       for (int part = 0; part < kPerLane; ++part) {
         const int piece = part * 32 + lane % kPieces;
@@ -211,15 +221,15 @@ class KeyStream {
         const int64_t column = head_ * p_.head_dim * int64_t(sizeof(T)) + (inside ? piece * 16 : 0);
         const char* const k_from = static_cast<const char*>(p_.k_table) + column;
         const char* const v_from = static_cast<const char*>(p_.v_table) + column;
-        const int to = lane / kPieces * Shape::kStride + piece * int(16 / sizeof(T));
         constexpr int kAtOnce = 32 * kPerLane / kPieces;  // keys
 #pragma unroll
         for (int i = 0; i < Shape::kTile / kAtOnce; ++i) {
           const int row = __shfl_sync(~0u, read, i * kAtOnce + lane / kPieces);
           const int64_t from = int64_t(max(row, 0)) * row_bytes;
           const bool present = inside && row >= 0;
-          copy_async(stage.k() + to + i * kAtOnce * Shape::kStride, k_from + from, present);
-          if (!Shape::kOneTable) copy_async(stage.v() + to + i * kAtOnce * Shape::kStride, v_from + from, present);
+          const int to = Shape::at(i * kAtOnce + lane / kPieces, piece);
+          copy_async(stage.k() + to, k_from + from, present);
+          if (!Shape::kOneTable) copy_async(stage.v() + to, v_from + from, present);
         }
       }
       ++issued_;
@@ -234,7 +244,6 @@ class KeyStream {
   int first_, end_, tiles_, head_;
   int issued_ = 0;
   int row_, into_;
-  bool present_;
   float weight_;
   Weights weights_;
 };

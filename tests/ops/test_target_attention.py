@@ -347,6 +347,40 @@ def test_nan_stays_in_the_samples_that_name_it(device: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "heads_kv", "dim"), [(8, 1, 128), (16, 2, 128), (9, 1, 96), (5, 1, 128)])
+@pytest.mark.parametrize("weights", [None, "key"])
+def test_many_query_rows(
+    device: str, dtype: torch.dtype, heads: int, heads_kv: int, dim: int, weights: str | None
+) -> None:
+    """20 to 36 rows to a sample, scores that grow from key to key, chunks of several lengths, another sample's NaN; bit for bit again."""
+    keys = [900, 0, 33, 64, 1, 129] if device == "cuda" else [90, 0, 33, 64, 1, 12]
+    case = draw(
+        device, [4, 1, 3, 0, 4, 2], keys, table=400, heads=heads, heads_kv=heads_kv, dim=dim, dtype=dtype, weights=weights, absent=0.2
+    )  # fmt: skip
+    case.k_table.mul_(torch.linspace(0.1, 2, 400, device=device)[:, None, None])
+    case.rows[: keys[0]] = case.rows[: keys[0]].sort().values
+    case.rows[case.rows == 7] = 8
+    clean = run(case)
+    check(case, clean)
+    case.rows[keys[0]] = 7  # of the sample with 33 keys
+    if case.weight is not None:
+        case.weight[keys[0]] = 0.0
+        case.weight[70], case.rows[70] = -torch.inf, 7
+    clean = run(case)
+    case.k_table[7] = torch.nan
+    dirty = run(case)
+    of_query = torch.repeat_interleave(torch.arange(6), torch.tensor([4, 1, 3, 0, 4, 2])).to(device)
+    for name in ("out", "lse", "dq"):
+        assert torch.equal(dirty[name][of_query != 2], clean[name][of_query != 2]), name
+        assert dirty[name][of_query == 2].isnan().all(), name
+    case.k_table[7] = 1.0
+    first = run(case)
+    for _ in range(5):
+        again = run(case)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads_kv", [1, 2])
 def test_targets_with_cutoffs(device: str, dtype: torch.dtype, heads_kv: int) -> None:
     """Later targets see more keys, so that warps of different targets disagree about which are there; none sees the NaN."""
