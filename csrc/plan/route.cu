@@ -4,22 +4,36 @@
 namespace plan {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, int64_t rows_per_rank,
-                                                            int64_t vocab, int64_t multiplier, int64_t* out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) {
-    const int64_t row = ids[i] * multiplier % vocab;
-    out[i] = (row < 0 ? row + vocab : row) / rows_per_rank;
-  }
-}
+// Division by a number that is known before the launch: two products where the hardware has no division.
+struct Divisor {
+  uint64_t by, reciprocal;
 
-__global__ void __launch_bounds__(kThreads) local_kernel(const int64_t* ids, int64_t n, int64_t rows_per_rank,
-                                                         int64_t vocab, int64_t multiplier, int64_t* out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) {
-    const int64_t row = ids[i] * multiplier % vocab;
-    out[i] = (row < 0 ? row + vocab : row) % rows_per_rank;
+  explicit Divisor(int64_t by_) : by(uint64_t(by_)), reciprocal(~uint64_t(0) / by) {}
+  __device__ uint64_t quotient(uint64_t x) const {
+    const uint64_t q = __umul64hi(x, reciprocal);  // or one less than it should be
+    return x - q * by >= by ? q + 1 : q;
   }
+  __device__ uint64_t remainder(uint64_t x) const { return x - quotient(x) * by; }
+};
+
+struct Permuted {
+  Divisor vocab, rows_per_rank;
+  int64_t multiplier;
+
+  // Row of the whole table; of ids that it does not have, any.
+  __device__ uint64_t row(int64_t id) const {
+    const int64_t x = id * multiplier;
+    const uint64_t rest = vocab.remainder(x < 0 ? -uint64_t(x) : uint64_t(x));
+    return x < 0 && rest > 0 ? vocab.by - rest : rest;
+  }
+};
+
+template <bool kLocal>
+__global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, const Permuted rows, int64_t* out) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const uint64_t row = rows.row(ids[i]);
+  out[i] = int64_t(kLocal ? rows.rows_per_rank.remainder(row) : rows.rows_per_rank.quotient(row));
 }
 
 __global__ void __launch_bounds__(kThreads) hashed_kernel(const int64_t* ids, int64_t n, int64_t ranks, int64_t* out) {
@@ -88,7 +102,7 @@ cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, 
   if (n == 0) return cudaSuccess;
   const unsigned blocks = unsigned(ceil_div(n, kThreads));
   if (vocab > 0)
-    permuted_kernel<<<blocks, kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab, multiplier, out);
+    permuted_kernel<false><<<blocks, kThreads, 0, stream>>>(ids, n, {Divisor(vocab), Divisor(ceil_div(vocab, ranks)), multiplier}, out);
   else
     hashed_kernel<<<blocks, kThreads, 0, stream>>>(ids, n, ranks, out);
   return cudaGetLastError();
@@ -97,7 +111,8 @@ cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, 
 cudaError_t local_rows(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                        cudaStream_t stream) {
   if (n > 0)
-    local_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ceil_div(vocab, ranks), vocab, multiplier, out);
+    permuted_kernel<true><<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(
+        ids, n, {Divisor(vocab), Divisor(ceil_div(vocab, ranks)), multiplier}, out);
   return cudaGetLastError();
 }
 
