@@ -18,7 +18,8 @@ struct BackwardParameters {
   float* dv_members;  // null with one table
   bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
   float* pieces;      // of Sums
-  Records records;    // of Combine
+  float2* pairs;      // (keys, heads_kv, record_pairs): what the first pass leaves for Combine; null where it leaves rows
+  int4* names;        // of Combine
 
   __device__ int64_t partial(int slot, int head_kv, int row) const {
     return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;
@@ -135,8 +136,7 @@ class MmaBackward {
 
  public:
   using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16,
-                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable,
-                          kCombines ? Brings::kRow : Brings::kRowAndMembers>;
+                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable, !kCombines>;
   static constexpr int kRows = 16 * kGroups, kBlocks = 2;
   static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
@@ -145,8 +145,8 @@ class MmaBackward {
   };
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
-                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int sample, int head_kv)
-      : b_(b), rows_(rows), sample_(sample), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
+                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
+      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
         writer_{b, head_kv, first > 0} {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
@@ -180,7 +180,7 @@ class MmaBackward {
         }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     accumulate<Shape, kGroups>(dq_, ds, stage.k());
-    if constexpr (kCombines) return record(p[0], ds[0], stage, key, keys_left);
+    if constexpr (kCombines) return record(p[0], ds[0], key, keys_left);
     hand_over(p, scratch_.p);
     hand_over(ds, scratch_.ds);
     __syncwarp();
@@ -191,17 +191,15 @@ class MmaBackward {
 
  private:
   // Of the tile's keys. Up to 8 query rows lie in the first half of each accumulator.
-  __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], const typename Shape::Stage& stage,
-                         int key, int keys_left) {
-    const int lane = threadIdx.x % 32, row = row_of(0), pairs = record_pairs(b_.row_slots);
-    if (writer_.head_kv == 0 && lane < keys_left) b_.records.names[key + lane] = make_int2(stage.row[lane], sample_);
+  __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], int key, int keys_left) {
+    const int row = row_of(0), pairs = record_pairs(b_.row_slots);
     if (row >= b_.row_slots) return;
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (const int column = column_of(n, i); column < keys_left)
-          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
+          b_.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
               make_float2(ds[n][i], p[n][i]);
   }
 
@@ -327,7 +325,7 @@ class MmaBackward {
 
   const BackwardParameters& b_;
   const QueryRows& rows_;
-  int sample_, first_;
+  int first_;
   const QueryTile<Shape, kRows>& tile_;
   Scratch& scratch_;
   PairWeights<Shape, kGroups> weights_;
@@ -364,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
     {
       KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.index, b.g.offsets);
       __syncthreads();
-      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], chunk.sample, head_kv);
+      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
       for (int tile = 0; tile < stream.tiles(); ++tile)
         worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
       copy_wait<0>();
