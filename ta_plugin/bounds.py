@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -89,10 +90,15 @@ class Bounds:
         ids = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")
         assert space.found is not None
         self._noted = [(space.found[1:4], [_held("distinct rows of a batch", "row", self.rows), within, within])]
-        self._noted += [(x, [ids]) for x in (space.tokens, targets) if x is not None and x.numel()]
+        self._noted += [(self._ends(x), [ids, ids]) for x in (space.tokens, targets) if x is not None and x.numel()]
         self._noted.append((self._seen_for((self._ids_held,), tokens.device).largest, [self._ids_held]))
         self._wrong = None
         return space
+
+    def _ends(self, ids: Tensor) -> Tensor:
+        """The smallest and the largest (2,); in a `CapturedStep` on the branch that `settle` goes on with."""
+        with nullcontext() if self.beside is None else self.beside.work("bounds", ids):
+            return torch.stack(ids.aminmax())
 
     def distinct(self, ids: Tensor, end: Tensor | None = None) -> BoundedSpace:
         """The bounded space of ids (n,), of the first `end` (1,) of them, as one sample."""
@@ -143,14 +149,10 @@ class Bounds:
                 self._take()
 
     def _take(self) -> None:
-        """Whether any number (n,), or any of those that share one interval, lies outside its interval."""
-        values, intervals = [], []
-        for x, each in self._noted:
-            ends = x.numel() > len(each)
-            values.append(torch.stack(x.aminmax()) if ends else x.reshape(-1))
-            intervals.extend(each * 2 if ends else each)
+        values = torch.cat([value for value, _ in self._noted])
+        intervals = tuple(interval for _, each in self._noted for interval in each)
         self._noted = []
-        wrong = self._seen_for(tuple(intervals), values[0].device).take(torch.cat(values))
+        wrong = self._seen_for(intervals, values.device).take(values)
         self._wrong = wrong if self._wrong is None else self._wrong | wrong
 
     def _seen_for(self, intervals: tuple[_Interval, ...], device: torch.device) -> _Seen:
@@ -158,11 +160,6 @@ class Bounds:
         if intervals not in self._seen:
             self._seen[intervals] = _Seen.of(intervals, device)
         return self._seen[intervals]
-
-    def spoil(self, results: Tensor) -> Tensor:
-        """Results of a call (n, ...), NaN and without gradients where something was `wrong`; ends the call."""
-        spoilt: Tensor = _Spoil.apply(results, self.wrong())
-        return spoilt
 
     def hear(self, wrong: Tensor) -> None:
         """What `wrong` gave on every rank (N, 1), where the call's ranks told each other."""
@@ -188,17 +185,6 @@ class Bounds:
                         )
         if wrong is not None:
             raise ValueError(wrong)
-
-
-class _Spoil(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, results: Tensor, wrong: Tensor) -> Tensor:
-        ctx.save_for_backward(wrong)
-        return torch.where(wrong, torch.nan, results)  # one launch, where masked_fill is two
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.where(ctx.saved_tensors[0], 0.0, grad), None
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ class TokenizedAttention(nn.Module):
         attend = owner if strategy == "owner" else gather  # steps 4 and 5, and what follows them
         rows = self._output(attend(request, self._parts()))
         if self.bounds is not None:
-            rows = self.bounds.spoil(rows)
+            rows = rows.masked_fill(self.bounds.wrong(), torch.nan)
         return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
 
     def _output(self, heads: Tensor) -> Tensor:

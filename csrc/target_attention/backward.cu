@@ -109,7 +109,7 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
   if constexpr (kDim <= 128)
     if (parameters.row_slots > 16 && kSharedBytes<T, kDim, 2, kOneTable> <= shared_limit()) rows = 32;
   parameters.direct = parameters.row_slots <= rows;
-  const bool records = parameters.pairs != nullptr;
+  const bool records = parameters.records.pairs != nullptr;
   const cudaStream_t sums = parameters.g.sums == nullptr ? stream : parameters.g.sums;
   if (!records) TA_RETURN_IF_ERROR(follow(stream, sums));
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
@@ -122,11 +122,9 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     TA_RETURN_IF_ERROR(cudaGetLastError());
   }
   if (records) {
-    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.pairs, parameters.names,
-                    parameters.row_slots};
-    if (p.keys > 0) names_kernel<<<(p.keys + kThreads - 1) / kThreads, kThreads, 0, sums>>>(c);
-    TA_RETURN_IF_ERROR(cudaGetLastError());
     TA_RETURN_IF_ERROR(follow(sums, stream));
+    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
+                    parameters.row_slots};
     return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
                                      : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
   }
@@ -152,7 +150,7 @@ size_t dq_bytes(const Problem& p) {
 
 // What the first pass leaves of the keys.
 size_t members_bytes(const Problem& p) {
-  if (combines(p)) return aligned(Combine::pair_bytes(p, row_slots(p))) + aligned(sizeof(int4) * p.keys);
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::sample_bytes(p));
   return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
 }
 
@@ -182,8 +180,8 @@ cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cuda
   bytes += dq_bytes(p);
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   if (combines(p)) {
-    parameters.pairs = reinterpret_cast<float2*>(bytes);
-    parameters.names = reinterpret_cast<int4*>(bytes + aligned(Combine::pair_bytes(p, row_slots(p))));
+    parameters.records.pairs = reinterpret_cast<float2*>(bytes);
+    parameters.records.samples = reinterpret_cast<int*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
   } else {
     parameters.dk_members = reinterpret_cast<float*>(bytes);
     if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);

@@ -18,8 +18,7 @@ struct BackwardParameters {
   float* dv_members;  // null with one table
   bool direct;        // every query row of a sample fits one pass, so that lone members need no sum
   float* pieces;      // of Sums
-  float2* pairs;      // (keys, heads_kv, record_pairs): what the first pass leaves for Combine; null where it leaves rows
-  int4* names;        // of Combine
+  Records records;    // of Combine
 
   __device__ int64_t partial(int slot, int head_kv, int row) const {
     return (int64_t(slot) * p.heads_kv + head_kv) * row_slots + row;
@@ -145,8 +144,8 @@ class MmaBackward {
   };
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
-                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
-      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
+                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int sample, int head_kv)
+      : b_(b), rows_(rows), sample_(sample), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
         writer_{b, head_kv, first > 0} {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
@@ -192,14 +191,15 @@ class MmaBackward {
  private:
   // Of the tile's keys. Up to 8 query rows lie in the first half of each accumulator.
   __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], int key, int keys_left) {
-    const int row = row_of(0), pairs = record_pairs(b_.row_slots);
+    const int lane = threadIdx.x % 32, row = row_of(0), pairs = record_pairs(b_.row_slots);
+    if (writer_.head_kv == 0 && lane < keys_left) b_.records.samples[key + lane] = sample_;
     if (row >= b_.row_slots) return;
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (const int column = column_of(n, i); column < keys_left)
-          b_.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
+          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
               make_float2(ds[n][i], p[n][i]);
   }
 
@@ -325,7 +325,7 @@ class MmaBackward {
 
   const BackwardParameters& b_;
   const QueryRows& rows_;
-  int first_;
+  int sample_, first_;
   const QueryTile<Shape, kRows>& tile_;
   Scratch& scratch_;
   PairWeights<Shape, kGroups> weights_;
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
     {
       KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.index, b.g.offsets);
       __syncthreads();
-      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
+      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], chunk.sample, head_kv);
       for (int tile = 0; tile < stream.tiles(); ++tile)
         worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
       copy_wait<0>();

@@ -14,11 +14,9 @@ struct Combine {
   Problem p;
   Gradients g;
   Sums sums;
-  const float2* pairs;  // (keys, heads_kv, record_pairs)
-  int4* names;          // (keys,), by place in `order`: the key there, its row of the gradient, its sample
+  Records records;
   int row_slots;
 
-  static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
   __host__ __device__ static int slices(const Problem& p, int slice, int element) {
     return (p.head_dim * element + slice - 1) / slice;
   }
@@ -68,18 +66,6 @@ __device__ __forceinline__ void store_piece(T* to, const float (&sum)[kCount]) {
     for (int i = 0; i < kCount; i += 4) store_four(to + i, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
 }
 
-static __global__ void __launch_bounds__(kThreads) names_kernel(const Combine c) {
-  const int place = blockIdx.x * kThreads + threadIdx.x;
-  if (place >= int(c.g.offsets[c.g.table])) return;
-  const int key = int(c.g.order[place]);
-  int sample = 0;
-  for (int end = c.p.samples; end - sample > 1;) {
-    const int middle = (sample + end) / 2;
-    (c.p.cu_seqlens_k[middle] <= key ? sample : end) = middle;
-  }
-  c.names[place] = make_int4(key, int(c.g.index[key]), sample, 0);
-}
-
 // kRows: at least row_slots. kSlice: bytes of a row that a block holds, the narrower the more samples there are. grid (any, heads_kv * slices)
 template <typename T, int kRows, int kBlock, int kSlice>
 __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
@@ -110,33 +96,36 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
   const bool inside = column < p.head_dim;
   const int places = int(c.g.offsets[c.g.table]);
   T* const to = static_cast<T*>(c.sums.to) + at_column;
-  // Key, row and sample; row -1 where there is none.
-  const auto name_at = [&](int place) { return place >= 0 && place < places ? c.names[place] : make_int4(0, -1, 0, 0); };
+  const auto key_at = [&](int place) { return place >= 0 && place < places ? int(c.g.order[place]) : -1; };
   const auto record = [&](int key) {
-    return c.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
+    return c.records.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
   };
+  // The gradient's row and the sample of a key; row -1 where there is none.
+  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : make_int2(int(c.g.index[key]), c.records.samples[key]); };
 
   const int warps = gridDim.x * (kBlock / 32);
   for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
     const int first = tile * kSumPlaces + group * kRun;
     float sum[kColumns] = {}, before[kColumns] = {};  // before: of a row that began before the run
     bool began_before = false, spans = false, opens = false;
-    int row_before = name_at(first - 1).y;
-    int4 name = name_at(first + part), name_next = name_at(first + kPieceLanes + part);
+    int row_before = names_of(key_at(first - 1)).x;
+    int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
+    int2 names = names_of(key), names_next{};
     Coefficients<kRows> by, by_next;
-    by.load(record(__shfl_sync(~0u, name.x, 0, kPieceLanes)), swapped);
-    int row = __shfl_sync(~0u, name.y, 0, kPieceLanes);
+    by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)), swapped);
+    int row = __shfl_sync(~0u, names.x, 0, kPieceLanes);
     bool begun = row == row_before;
 #pragma unroll 1
     for (int at = first; at < first + kRun; at += kPieceLanes) {
-      const int4 name_later = name_at(at + 2 * kPieceLanes + part);
+      int key_later = -1;
 #pragma unroll
       for (int s = 0; s < kPieceLanes; ++s) {
-        // Names are looked up two rounds ahead, coefficients a step: nothing waits for the one before.
+        // Keys are looked up two rounds ahead, their names one, their coefficients a step: nothing waits for the one before.
+        if (s == 0) names_next = names_of(key_next), key_later = key_at(at + 2 * kPieceLanes + part);
         const bool last = s + 1 == kPieceLanes;
-        by_next.load(record(__shfl_sync(~0u, last ? name_next.x : name.x, (s + 1) % kPieceLanes, kPieceLanes)), swapped);
-        const int sample = __shfl_sync(~0u, name.z, s, kPieceLanes);
-        const int row_next = __shfl_sync(~0u, last ? name_next.y : name.y, (s + 1) % kPieceLanes, kPieceLanes);
+        by_next.load(record(max(__shfl_sync(~0u, last ? key_next : key, (s + 1) % kPieceLanes, kPieceLanes), 0)), swapped);
+        const int sample = __shfl_sync(~0u, names.y, s, kPieceLanes);
+        const int row_next = __shfl_sync(~0u, last ? names_next.x : names.x, (s + 1) % kPieceLanes, kPieceLanes);
         if (row >= 0) {
           const uint4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
 #pragma unroll
@@ -164,7 +153,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
         }
         by = by_next, row = row_next;
       }
-      name = name_next, name_next = name_later;
+      key = key_next, key_next = key_later, names = names_next;
     }
 
     // Rows that lie in several runs, added up run by run; those that leave the warp's places go to `pieces` of Sums.

@@ -11,9 +11,17 @@ constexpr int kSumPlaces = 32 * kSumWarps;  // of `order`, to a block
 constexpr int kZeroRows = kSumPlaces;       // table rows among which a block looks for those without members
 constexpr int kAhead = 4;                   // members under way at a time
 
-// Where coefficients are enough of a key, the first pass leaves d(score), scaled, and p of every query row, in whole sectors of memory.
+// What the first pass leaves of a key where coefficients are enough: for every query row d(score), scaled, and p, in whole sectors of
+// memory; and once for all heads its sample. Nothing of the gradient's rows, which may be found meanwhile.
 constexpr int kMostRecordedRows = 8;
 __host__ __device__ constexpr int record_pairs(int rows) { return rows <= 4 ? 4 : 8; }
+struct Records {
+  float2* pairs;  // (keys, heads_kv, record_pairs)
+  int* samples;   // (keys,)
+
+  static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
+  static size_t sample_bytes(const Problem& p) { return sizeof(int) * p.keys; }
+};
 
 struct Sums {
   const float* members;    // (keys, width)

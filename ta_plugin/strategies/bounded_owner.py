@@ -20,6 +20,7 @@ from ta_plugin.routing import BoundedRoute, bounds_of
 from ta_plugin.strategies.in_place import OwnedTable, read_rows
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.unique_space import UniqueSpace
 
 _NO_ID = torch.iinfo(torch.int64).max
 
@@ -42,19 +43,19 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     # targets are looked up while the keys travel, and travel while the keys are brought together
     answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
     places = None if answer is None else _places(request, modules)
+    everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     sizes, tokens, weights = moving.arrive()
     received = bounds_of(sizes)  # of the samples (rank, b)
     tokens = COMPACT(tokens, received)
     table = OwnedTable.of(tokens, received[-1:], modules)  # before all else, because it runs beside that
     modules.settle()
     _ = table.in_place  # which rows of the table: while queries travel
-    owned = BoundedSpace.of_rows(tokens, received)
+    with modules.beside.work("targets", tokens, received):  # what nobody reads here
+        owned = BoundedSpace.of_rows(tokens, received)
     keys = Keys.among(table, owned)
     q = modules.projections.queries(_target_rows(request, answer, places))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")
     weight = _as_weights(COMPACT(weights, received), owned, modules, q.dtype)
-
-    everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     out, lse = attend_targets(modules, queries.arrive(), everybody, keys.weighted(RowWeights(weight, None)), None)
     return _return_partials(out, lse, modules, bounds)
 
@@ -74,7 +75,7 @@ def _weights(request: Request, modules: AttentionModules) -> Tensor:
     return weight
 
 
-def _as_weights(received: Tensor, owned: BoundedSpace, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
+def _as_weights(received: Tensor, owned: UniqueSpace, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
     if received.is_floating_point():
         return received
     if modules.scoring.normaliser != "softmax":
