@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.unique_space import UniqueSpace
+
+if TYPE_CHECKING:
+    from ta_plugin.strategies.beside import Beside
 
 _INT64 = torch.iinfo(torch.int64)
 
@@ -33,7 +39,9 @@ class Bounds:
 
     spare_id: an id that this rank owns, in place of one that is wrong, or where a batch has none; to be set before the first call
 
-    A call builds its spaces here and ends with `verdict`.
+    A call builds its spaces here and ends with `wrong`.
+
+    beside: branches that last until the end of a step, while a `CapturedStep` captures it
     """
 
     def __init__(
@@ -53,9 +61,10 @@ class Bounds:
                 raise ValueError(f"{name} is {bound}; pass 1 or more, below 2**31")
         if ranks * self.route >= 2**31:
             raise ValueError(f"route_bound is {self.route} on {ranks} ranks; a rank receives fewer than 2**31 rows")
+        self.beside: Beside | None = None
         self._noted: list[tuple[Tensor, list[_Interval]]] = []
         self._seen: dict[tuple[_Interval, ...], _Seen] = {}
-        self._heard: Tensor | None = None
+        self._wrong: Tensor | None = None
         self._agreed: set[tuple[int, ...]] = set()
 
     def exchange_header(self, group: SSPGroup, fields: Sequence[int], error: Exception | None) -> list[list[int]]:
@@ -74,29 +83,45 @@ class Bounds:
             self._agreed.add(mine)
         return headers
 
-    def space(self, tokens: Tensor, lengths: Tensor, grouped: bool | None = None) -> BoundedSpace:
+    def space(
+        self, tokens: Tensor, lengths: Tensor, targets: Tensor | None, grouped: bool | None = None
+    ) -> BoundedSpace:
         """The bounded space of a batch; begins a call."""
         space = BoundedSpace.of_padded(tokens, lengths, self.rows, grouped=grouped)
         within = _Interval("lengths", 0, tokens.shape[1], "no sample is longer or shorter than that")
+        ids = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")
         assert space.found is not None
         self._noted = [(space.found[1:4], [_held("distinct rows of a batch", "row", self.rows), within, within])]
-        self._heard = None
+        self._noted += [(self._ends(x), [ids, ids]) for x in (space.tokens, targets) if x is not None and x.numel()]
+        self._noted.append((self._seen_for((self._ids_held,), tokens.device).largest, [self._ids_held]))
+        self._wrong = None
         return space
 
-    def distinct(self, ids: Tensor, end: Tensor | None = None) -> BoundedSpace:
-        """The bounded space of ids (n,), of the first `end` (1,) of them, as one sample.
+    def _ends(self, ids: Tensor) -> Tensor:
+        """The smallest and the largest (2,); in a `CapturedStep` on the branch that `settle` goes on with."""
+        with nullcontext() if self.beside is None else self.beside.work("bounds", ids):
+            return torch.stack(ids.aminmax())
 
-        Ids outside the vocabulary become others; `check` raises then.
-        """
-        bounds = None if end is None else torch.cat([torch.zeros_like(end), end])
-        space = BoundedSpace.of_packed(ids, bounds, min(self.ids, max(ids.numel(), 1)))
-        assert space.found is not None
-        spare = self.filler
-        range_ = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")
-        tokens = torch.where(space.found[1] > 0, space.tokens, spare)  # nothing there: whatever memory held
-        ends, held = torch.stack(tokens.aminmax()), _held("distinct ids of a batch", "id", space.num_rows)
-        self._noted.append((torch.cat([space.found[1:2], ends]), [held, range_, range_]))
-        return replace(space, tokens=torch.where(tokens == self.within(tokens), tokens, spare))
+    def distinct(self, ids: Tensor, end: Tensor | None = None) -> BoundedSpace:
+        """The bounded space of ids (n,), of the first `end` (1,) of them, as one sample."""
+        bounds = None if end is None else torch.arange(2, device=end.device) * end
+        return BoundedSpace.of_packed(ids, bounds, min(self.ids, max(ids.numel(), 1)))
+
+    def held(self, distinct: UniqueSpace, late: Beside | None = None) -> None:
+        """Note how many distinct ids there are. late: whose branch "keys" finds them; the call does not wait for it, the next one tells."""
+        count = _count_of(distinct)
+        if late is None:
+            self._noted.append((count, [self._ids_held]))
+            return
+        with late.work("ids", count, behind=("keys", "bounds")):
+            self._seen_for((self._ids_held,), count.device).take(count)
+        late.later("ids")
+
+    def owned(self, distinct: UniqueSpace) -> UniqueSpace:
+        """`held`, and ids that this rank can look up: in place of those outside the vocabulary, and where there are none, one it owns."""
+        self.held(distinct)
+        right = (distinct.tokens == self.within(distinct.tokens)) & (_count_of(distinct) > 0)
+        return replace(distinct, tokens=torch.where(right, distinct.tokens, self.filler))
 
     def within(self, ids: Tensor) -> Tensor:
         """Ids as they are, or the nearest of the vocabulary."""
@@ -108,6 +133,10 @@ class Bounds:
         return self.spare_id or 0
 
     @property
+    def _ids_held(self) -> _Interval:
+        return _held("distinct ids of a batch", "id", self.ids)
+
+    @property
     def _last_id(self) -> int:
         return _INT64.max - 1 if self.vocab_size is None else self.vocab_size - 1
 
@@ -115,23 +144,35 @@ class Bounds:
         """Note how many rows (1,) go to the owner that gets the most."""
         self._noted.append((most, [_held("rows of a batch for one owner", "route", self.route)]))
 
-    def settle(self) -> Tensor:
-        """Whether everything of this call on this rank lay within its bounds, a bool on the device."""
+    def settle(self, beside: Beside) -> None:
+        """Find out, on a branch that joins before `wrong`, about what was noted so far, on the branch "targets" or here."""
+        if self._noted:
+            with beside.work("bounds", *(x for x, _ in self._noted), behind=("targets",)):
+                self._take()
+
+    def _take(self) -> None:
         values = torch.cat([value for value, _ in self._noted])
         intervals = tuple(interval for _, each in self._noted for interval in each)
         self._noted = []
+        wrong = self._seen_for(intervals, values.device).take(values)
+        self._wrong = wrong if self._wrong is None else self._wrong | wrong
+
+    def _seen_for(self, intervals: tuple[_Interval, ...], device: torch.device) -> _Seen:
         # tensors from the host: made before a graph is captured, by the calls that warm up
         if intervals not in self._seen:
-            self._seen[intervals] = _Seen.of(intervals, values.device)
-        return self._seen[intervals].take(values)
+            self._seen[intervals] = _Seen.of(intervals, device)
+        return self._seen[intervals]
 
-    def hear(self, settled: Tensor) -> None:
-        """What `settle` gave on every rank (N,), where the call's ranks told each other."""
-        self._heard = settled.all()
+    def hear(self, wrong: Tensor) -> None:
+        """What `wrong` gave on every rank (N, 1), where the call's ranks told each other."""
+        self._wrong = wrong.any()
 
-    def verdict(self) -> Tensor:
-        """Whether the call's results are right, a bool on the device; ends the call."""
-        return self.settle() if self._heard is None else self._heard
+    def wrong(self) -> Tensor:
+        """Whether something of this call lay outside its bounds, so that its results are not right: a bool on the device."""
+        if self._noted:
+            self._take()
+        assert self._wrong is not None
+        return self._wrong
 
     def check(self) -> None:
         """Raise ValueError for what any call since the last check found outside its bounds. Reads the device."""
@@ -163,9 +204,10 @@ class _Seen:
         return cls(low, high, low.clone(), low.clone())
 
     def take(self, values: Tensor) -> Tensor:
+        """Whether any lies outside."""
         torch.minimum(self.smallest, values, out=self.smallest)
         torch.maximum(self.largest, values, out=self.largest)
-        return ((values >= self.low) & (values <= self.high)).all()
+        return ((values < self.low) | (values > self.high)).any()
 
     def read(self) -> list[list[int]]:
         """(smallest, largest) of each, forgotten then."""
@@ -177,6 +219,12 @@ class _Seen:
 
 def _held(what: str, name: str, bound: int) -> _Interval:
     return _Interval(what, 0, bound, f"pass a larger {name}_bound")
+
+
+def _count_of(distinct: UniqueSpace) -> Tensor:
+    """How many distinct ids there are (1,)."""
+    assert isinstance(distinct, BoundedSpace) and distinct.found is not None
+    return distinct.found[1:2]
 
 
 def default_route(rows: int, ranks: int) -> int:

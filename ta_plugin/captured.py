@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import ShardedTokenEmbedding
 from ta_plugin.parallel import SSPGroup, exchange_header
+from ta_plugin.strategies.beside import Beside
 
 
 class CapturedStep:
@@ -21,7 +24,8 @@ class CapturedStep:
     inputs:  an example batch; every call's inputs have these shapes and dtypes
 
     Constructing runs the step `warm_up` times, and captures it. A call leaves gradients as the step itself would after `zero_grad()`:
-    apply or forget them before the next one. What it returns is overwritten by the next call.
+    apply or forget them before the next one. What it returns is overwritten by the next call. Results do not wait for how many distinct
+    ids an owner found: beyond `id_bound` the gradients of its rows are left out, and the next call's results are NaN on every rank.
 
     Over several ranks both are collective: every rank makes the same calls in one order, and its collectives are in the graph (NCCL). Dense
     gradients are averaged by `average_gradients` within the step or after it. Each replay counts the traffic that was captured.
@@ -40,6 +44,8 @@ class CapturedStep:
         self._tables = list(dict.fromkeys(part for part in parts if isinstance(part, ShardedTokenEmbedding)))
         self._inputs = [x.detach().clone() for x in inputs]
         groups = (getattr(part, "group", None) for part in parts)
+        bounds = (getattr(part, "bounds", None) for part in parts)
+        self._bounds = [x for x in bounds if isinstance(x, Bounds)]
         self._groups = list(dict.fromkeys(g for g in groups if isinstance(g, SSPGroup) and g.size > 1))
         self._graph: torch.cuda.CUDAGraph | None = None
         if torch.cuda.is_available() and all(x.is_cuda for x in self._inputs):
@@ -50,7 +56,8 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(warm_up):
-                self._step(*self._inputs)
+                with self._lasting_branches():
+                    self._step(*self._inputs)
                 self._forget()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
@@ -58,7 +65,7 @@ class CapturedStep:
         error: Exception | None = None
         try:
             # thread_local: threads of torch.distributed may call CUDA meanwhile
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), self._lasting_branches():
                 self._outputs = self._step(*self._inputs)
         except Exception as failure:
             error = failure
@@ -71,6 +78,19 @@ class CapturedStep:
         self._gradients = [p.grad for p in self._parameters]
         self._rows = [table.take_recorded() for table in self._tables]
         self._forget()
+
+    @contextmanager
+    def _lasting_branches(self) -> Iterator[None]:
+        """Inside, what a module's forward does beside the rest may go on beside backward; joined here where no backward came."""
+        beside = Beside(torch.device("cuda", torch.cuda.current_device()), lasts=True)
+        for bounds in self._bounds:
+            bounds.beside = beside
+        try:
+            yield
+            beside.end()
+        finally:
+            for bounds in self._bounds:
+                bounds.beside = None
 
     def _count(self, times: int) -> None:
         for group, sent in zip(self._groups, self._sent, strict=True):

@@ -188,7 +188,7 @@ class TokenizedAttention(nn.Module):
         attend = owner if strategy == "owner" else gather  # steps 4 and 5, and what follows them
         rows = self._output(attend(request, self._parts()))
         if self.bounds is not None:
-            rows = rows.masked_fill(~self.bounds.verdict(), torch.nan)
+            rows = rows.masked_fill(self.bounds.wrong(), torch.nan)
         return request.space.expand(rows) if request.targets is None else request.targets.unpack(rows)
 
     def _output(self, heads: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ class TokenizedAttention(nn.Module):
             if self.bounds is not None:
                 if self.bounds.spare_id is None:
                     self.bounds.spare_id = owned_id(self.embedding_fn, self.vocab_size, self.group)
-                space = self.bounds.space(inputs.tokens, inputs.lengths, inputs.reads_members())
+                space = self.bounds.space(inputs.tokens, inputs.lengths, inputs.targets, inputs.reads_members())
             elif self.strategy == "positions":
                 space = UniqueSpace.of_occurrences(inputs.tokens, inputs.lengths)
             else:

@@ -294,9 +294,10 @@ def test_what_bounds_do_not_cover_is_named(options: dict[str, Any], change: dict
 
 def test_bounds_by_themselves() -> None:
     bounds = Bounds(10, 3)
-    bounds.space(torch.tensor([[1, 2]]), torch.tensor([2]))
-    assert bounds.distinct(torch.tensor([2**62, 5])).tokens.tolist() == [2**62, 5]  # no vocabulary: every id is one
-    assert bool(bounds.settle())
+    bounds.space(torch.tensor([[1, 2]]), torch.tensor([2]), None)
+    distinct = bounds.distinct(torch.tensor([2**62, 5]))
+    assert bounds.owned(distinct).tokens[:2].tolist() == [2**62, 5]  # no vocabulary: every id is one
+    assert not bounds.wrong()
     bounds.check()
 
 

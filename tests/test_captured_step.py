@@ -15,7 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def build(
-    device: str, dtype: torch.dtype, row_bound: int | None
+    device: str, dtype: torch.dtype, row_bound: int | None, id_bound: int | None = None
 ) -> tuple[TokenizedAttention, ShardedTokenEmbedding, Callable[..., Tensor]]:
     """A model, its table and the step to capture."""
     torch.manual_seed(1)
@@ -23,7 +23,16 @@ def build(
     maps = {name: nn.Linear(D, D, device=device, dtype=dtype) for name in ("query", "key", "value")}
     group = SSPGroup(None, device=device)
     model = TokenizedAttention(
-        B, L, 1, table, group=group, num_heads=2, strategy="owner", row_bound=row_bound, id_bound=row_bound, **maps
+        B,
+        L,
+        1,
+        table,
+        group=group,
+        num_heads=2,
+        strategy="owner",
+        row_bound=row_bound,
+        id_bound=id_bound or row_bound,
+        **maps,
     )
 
     def step(tokens: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +83,23 @@ def test_a_replay_that_does_not_fit_gives_nan_and_is_reported() -> None:
     assert bool(captured(tokens, short, targets).isfinite().all())
     with pytest.raises(ValueError, match=r"distinct rows of a batch reached \d+, outside \[0, 30\]"):
         model.check_bounds()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replay_with_too_many_ids_leaves_their_gradients_out_and_the_next_gives_nan() -> None:
+    model, table, bounded = build("cuda", torch.bfloat16, B * L, 40)
+    tokens, lengths, targets = batch(1, "cuda")
+    lengths.fill_(L)
+    captured = CapturedStep(bounded, [model], [tokens % 20, lengths, targets % 7])
+    assert bool(captured(tokens, lengths, targets % 7).isfinite().all())
+    (_, _), (_, of_keys) = sorted(table.take_recorded(), key=lambda pair: pair[0].numel())
+    assert not of_keys.any()
+    assert bool(captured(tokens % 20, lengths, targets % 7).isnan().all())
+    table.zero_grad()
+    with pytest.raises(ValueError, match=r"distinct ids of a batch reached \d+, outside \[0, 40\]"):
+        model.check_bounds()
+    assert bool(captured(tokens % 20, lengths, targets % 7).isfinite().all())
+    assert all(bool(grad.isfinite().all()) for _, grad in table.take_recorded())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -193,13 +193,13 @@ void backward_row(const Call<T>& call, int64_t row, const int64_t* sample, const
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout_, const std::optional<Tensor>& dlse_, const Tensor& q, const Tensor& k_table,
     const std::optional<Tensor>& v_table, const Tensor& rows, const std::optional<Tensor>& index,
     const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& q_chunk, int64_t max_seqlen_q, double scale, c10::string_view normaliser,
-    const Tensor& out_, const Tensor& lse_, bool need_dweight) {
+    const Tensor& out_, const Tensor& lse_, bool need_dweight, int64_t /*sums*/) {
   const Arguments a(q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
                     normaliser);
   TORCH_CHECK_VALUE(a.order.defined(), "order and offsets are None; backward takes both");
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                      dv.mutable_data_ptr<scalar_t>());
     });
   });
-  return {dq, dk, dv, dw};
+  return {dq, dk, dv, dw, at::empty({0}, a.q.options().dtype(at::kByte))};
 }
 
 }  // namespace

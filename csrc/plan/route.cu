@@ -4,10 +4,22 @@
 namespace plan {
 namespace {
 
+// Division by a number that is known before the launch: two products where the hardware has no division.
+struct Divisor {
+  uint64_t by, reciprocal;
+
+  explicit Divisor(int64_t by_) : by(uint64_t(by_)), reciprocal(~uint64_t(0) / by) {}
+  __device__ int64_t quotient(uint64_t x) const {
+    const uint64_t q = __umul64hi(x, reciprocal);  // or one less than it should be
+    return int64_t(x - q * by >= by ? q + 1 : q);
+  }
+  __device__ int64_t remainder(uint64_t x) const { return int64_t(x - quotient(x) * by); }
+};
+
 // The shard that holds an id's row; none holds an id outside the vocabulary.
 struct Owner {
-  int64_t rows_per_rank;
-  __device__ int64_t operator()(int64_t row) const { return row < 0 ? -1 : row / rows_per_rank; }
+  Divisor rows_per_rank;
+  __device__ int64_t operator()(int64_t row) const { return row < 0 ? -1 : rows_per_rank.quotient(row); }
 };
 
 // An id's row in the shard of rows first to first + held; `other` where that shard does not hold it.
@@ -20,19 +32,19 @@ struct LocalRow {
 
 // What `place` makes of each id's row in the whole table; -1 is that of ids outside the vocabulary.
 template <typename Place>
-__global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, int64_t vocab, int64_t multiplier,
+__global__ void __launch_bounds__(kThreads) permuted_kernel(const int64_t* ids, int64_t n, Divisor vocab, int64_t multiplier,
                                                             Place place, int64_t* out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
   const int64_t id = ids[i];
-  out[i] = place(id >= 0 && id < vocab ? id * multiplier % vocab : -1);
+  out[i] = place(uint64_t(id) < vocab.by ? vocab.remainder(id * multiplier) : -1);
 }
 
 template <typename Place>
 cudaError_t permuted(const int64_t* ids, int64_t n, int64_t vocab, int64_t multiplier, Place place, int64_t* out,
                      cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  permuted_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, vocab, multiplier, place, out);
+  permuted_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, Divisor(vocab), multiplier, place, out);
   return cudaGetLastError();
 }
 
@@ -97,7 +109,7 @@ cudaError_t carve(int64_t n, int64_t ranks, void* workspace, Pairs* pairs, size_
 
 cudaError_t owners(const int64_t* ids, int64_t n, int64_t ranks, int64_t vocab, int64_t multiplier, int64_t* out,
                    cudaStream_t stream) {
-  if (vocab > 0) return permuted(ids, n, vocab, multiplier, Owner{ceil_div(vocab, ranks)}, out, stream);
+  if (vocab > 0) return permuted(ids, n, vocab, multiplier, Owner{Divisor(ceil_div(vocab, ranks))}, out, stream);
   if (n == 0) return cudaSuccess;
   hashed_kernel<<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(ids, n, ranks, out);
   return cudaGetLastError();

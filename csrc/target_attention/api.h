@@ -57,6 +57,7 @@ struct Gradients {
   void* dk_table;          // (table, heads_kv, head_dim)
   void* dv_table;          // null with a null v_table: dk_table then holds both
   float* dweight;          // null, or (keys, targets, heads): d(weight) of each pair; slots past a sample's targets stay
+  cudaStream_t sums;       // null, or where index, order and offsets are found: what needs them follows there, and the workspace with it
 };
 
 // lse: (queries, heads); untouched without softmax.

@@ -11,6 +11,16 @@ namespace {
 
 int width(const Problem& p) { return p.heads_kv * p.head_dim; }  // of a table row
 
+// What is launched on `stream` from here on waits for what was on `other`.
+cudaError_t follow(cudaStream_t stream, cudaStream_t other) {
+  if (stream == other) return cudaSuccess;
+  cudaEvent_t reached;
+  TA_RETURN_IF_ERROR(cudaEventCreateWithFlags(&reached, cudaEventDisableTiming));
+  TA_RETURN_IF_ERROR(cudaEventRecord(reached, other));
+  TA_RETURN_IF_ERROR(cudaStreamWaitEvent(stream, reached));
+  return cudaEventDestroy(reached);
+}
+
 template <class Worker>
 cudaError_t launch(BackwardParameters parameters, cudaStream_t stream) {
   const auto kernel = backward_kernel<Worker>;
@@ -44,20 +54,29 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
   return join_pieces<T>(sums, stream);
 }
 
+// The widest slice of the query rows of all samples that shared memory holds; 0 where it holds none.
+int slice_of(const Problem& p) {
+  int slice = kWidestSlice;
+  while (slice >= kNarrowestSlice && Combine::shared_bytes(p, slice, row_slots(p)) > shared_limit()) slice /= 2;
+  return slice >= kNarrowestSlice ? slice : 0;
+}
+
 // Whether the second pass reads records: few query rows, of all samples together no more than shared memory holds.
 bool combines(const Problem& p) {
   const int rows = row_slots(p);
-  return p.v_table == nullptr && rows > 0 && rows <= kMostRecordedRows && Combine::shared_bytes(p, rows) <= shared_limit();
+  return p.v_table == nullptr && rows > 0 && rows <= kMostRecordedRows && slice_of(p) > 0;
 }
 
-template <typename T, int kRows, int kBlock>
+template <typename T, int kRows, int kBlock, int kSlice>
 cudaError_t launch_combine(const Combine& c, cudaStream_t stream) {
-  const auto kernel = combine_kernel<T, kRows, kBlock>;
-  const size_t bytes = Combine::shared_bytes(c.p, c.row_slots);
+  if constexpr (kSlice > kNarrowestSlice)
+    if (slice_of(c.p) < kSlice) return launch_combine<T, kRows, kBlock, kSlice / 2>(c, stream);
+  const auto kernel = combine_kernel<T, kRows, kBlock, kSlice>;
+  const size_t bytes = Combine::shared_bytes(c.p, kSlice, c.row_slots);
   TA_RETURN_IF_ERROR(allow_shared(kernel, bytes));
   int resident = 1;
   TA_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kBlock, bytes));
-  const int slices = c.p.heads_kv * Combine::slices(c.p, sizeof(T)), warps = kBlock / 32;
+  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(T)), warps = kBlock / 32;
   const int blocks = std::min((c.sums.blocks() + warps - 1) / warps, std::max(1, multiprocessors() * resident / slices));
   if (blocks > 0) kernel<<<dim3(blocks, slices), kBlock, bytes, stream>>>(c);
   TA_RETURN_IF_ERROR(cudaGetLastError());
@@ -90,8 +109,11 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
   if constexpr (kDim <= 128)
     if (parameters.row_slots > 16 && kSharedBytes<T, kDim, 2, kOneTable> <= shared_limit()) rows = 32;
   parameters.direct = parameters.row_slots <= rows;
+  const bool records = parameters.records.pairs != nullptr;
+  const cudaStream_t sums = parameters.g.sums == nullptr ? stream : parameters.g.sums;
+  if (!records) TA_RETURN_IF_ERROR(follow(stream, sums));
   if constexpr (sizeof(T) == 4 && kDim > max_head_dim(Type::kFloat, kOneTable)) return cudaErrorInvalidValue;
-  else if (parameters.records.pairs != nullptr) TA_RETURN_IF_ERROR((launch_combined<T, kDim, kOneTable>(parameters, stream)));
+  else if (records) TA_RETURN_IF_ERROR((launch_combined<T, kDim, kOneTable>(parameters, stream)));
   else if (rows == 16) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 1, kOneTable>(parameters, stream)));
   else if constexpr (kDim <= 128) TA_RETURN_IF_ERROR((launch_weights<T, kDim, 2, kOneTable>(parameters, stream)));
   const Problem& p = parameters.p;
@@ -99,10 +121,12 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     merge_dq_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);
     TA_RETURN_IF_ERROR(cudaGetLastError());
   }
-  if (parameters.records.pairs != nullptr) {
+  if (records) {
+    TA_RETURN_IF_ERROR(follow(sums, stream));
     const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
                     parameters.row_slots};
-    return parameters.row_slots <= 4 ? launch_combine<T, 4, 768>(c, stream) : launch_combine<T, 8, 512>(c, stream);
+    return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
+                                     : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));
@@ -126,7 +150,7 @@ size_t dq_bytes(const Problem& p) {
 
 // What the first pass leaves of the keys.
 size_t members_bytes(const Problem& p) {
-  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::name_bytes(p));
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::sample_bytes(p));
   return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
 }
 
@@ -157,7 +181,7 @@ cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cuda
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   if (combines(p)) {
     parameters.records.pairs = reinterpret_cast<float2*>(bytes);
-    parameters.records.names = reinterpret_cast<int2*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
+    parameters.records.samples = reinterpret_cast<int*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
   } else {
     parameters.dk_members = reinterpret_cast<float*>(bytes);
     if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);

@@ -135,8 +135,7 @@ class MmaBackward {
 
  public:
   using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16,
-                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable,
-                          kCombines ? Brings::kRow : Brings::kRowAndMembers>;
+                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable, !kCombines>;
   static constexpr int kRows = 16 * kGroups, kBlocks = 2;
   static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
@@ -180,7 +179,7 @@ class MmaBackward {
         }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     accumulate<Shape, kGroups>(dq_, ds, stage.k());
-    if constexpr (kCombines) return record(p[0], ds[0], stage, key, keys_left);
+    if constexpr (kCombines) return record(p[0], ds[0], key, keys_left);
     hand_over(p, scratch_.p);
     hand_over(ds, scratch_.ds);
     __syncwarp();
@@ -191,10 +190,9 @@ class MmaBackward {
 
  private:
   // Of the tile's keys. Up to 8 query rows lie in the first half of each accumulator.
-  __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], const typename Shape::Stage& stage,
-                         int key, int keys_left) {
+  __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], int key, int keys_left) {
     const int lane = threadIdx.x % 32, row = row_of(0), pairs = record_pairs(b_.row_slots);
-    if (writer_.head_kv == 0 && lane < keys_left) b_.records.names[key + lane] = make_int2(stage.row[lane], sample_);
+    if (writer_.head_kv == 0 && lane < keys_left) b_.records.samples[key + lane] = sample_;
     if (row >= b_.row_slots) return;
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)

@@ -60,13 +60,13 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k_table, 
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k_table,
     const std::optional<Tensor>& v_table, const Tensor& rows, const std::optional<Tensor>& index,
     const std::optional<Tensor>& order, const std::optional<Tensor>& offsets,
     const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& q_chunk, int64_t max_seqlen_q, double scale, c10::string_view normaliser,
-    const Tensor& out, const Tensor& lse, bool need_dweight) {
+    const Tensor& out, const Tensor& lse, bool need_dweight, int64_t sums) {
   const Arguments a(q, k_table, v_table, rows, index, order, offsets, cu_seqlens_q, cu_seqlens_k, weight, q_chunk, max_seqlen_q,
                     normaliser);
   const c10::cuda::CUDAGuard guard(q.device());
@@ -89,9 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(
   g.dq = dq.mutable_data_ptr(), g.dk_table = dk.mutable_data_ptr();
   g.dv_table = a.one_table() ? nullptr : dv.mutable_data_ptr();
   g.dweight = need_dweight ? dweight.mutable_data_ptr<float>() : nullptr;
-  const Tensor scratch = workspace(backward_workspace_bytes(p), q);
+  g.sums = reinterpret_cast<cudaStream_t>(sums);
+  Tensor scratch = workspace(backward_workspace_bytes(p), q);
   C10_CUDA_CHECK(backward(p, g, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
-  return {dq, dk, dv, dweight};
+  return {dq, dk, dv, dweight, sums == 0 ? at::empty({0}, scratch.options()) : scratch};
 }
 
 }  // namespace

@@ -1,17 +1,14 @@
 // Backward, second pass where a sample has few query rows. The gradient of a table row is
 //   sum over its members u and the query rows r of u's sample:  ds[u, r] q[r] + p[u, r] dout[r],
-// members in order. A block keeps 64 bytes of every row of q and dout, of all samples, in shared memory: what moves are the
-// coefficients ds and p, 8 bytes a pair, and the gradient, once. Threads go by place in `order`, not by table row.
+// members in order. A block keeps a slice of every row of q and dout, of all samples, in shared memory: what moves are the
+// coefficients ds and p, 8 bytes a pair and slice, and the gradient, once. Threads go by place in `order`, not by table row.
 #pragma once
 
 #include "rows.cuh"
 
 namespace target_attention {
 
-constexpr int kSliceBytes = 64;                // of a row: what a block's shared memory holds
-constexpr int kPieceLanes = kSliceBytes / 16;  // lanes of a group, 16 bytes each
-constexpr int kMembers = 32 / kPieceLanes;     // groups of a warp: each adds up members of its own
-constexpr int kRun = kSumPlaces / kMembers;    // places of a group, one after the other; a warp has as many as a block of Sums
+constexpr int kWidestSlice = 64, kNarrowestSlice = 16;  // bytes of a row
 
 struct Combine {
   Problem p;
@@ -20,10 +17,10 @@ struct Combine {
   Records records;
   int row_slots;
 
-  static int slices(const Problem& p, int element) { return (p.head_dim * element + kSliceBytes - 1) / kSliceBytes; }
-  static size_t shared_bytes(const Problem& p, int row_slots) {
-    return size_t(p.samples) * row_slots * 2 * kSliceBytes;
+  __host__ __device__ static int slices(const Problem& p, int slice, int element) {
+    return (p.head_dim * element + slice - 1) / slice;
   }
+  static size_t shared_bytes(const Problem& p, int slice, int row_slots) { return size_t(p.samples) * row_slots * 2 * slice; }
 };
 
 // d(score) and p of up to kRows query rows; the other way round where `turned`.
@@ -31,9 +28,13 @@ template <int kRows>
 struct Coefficients {
   float4 two[kRows / 2];
 
-  __device__ void load(const float2* record) {
+  // swapped: neighbouring rows in each other's place
+  __device__ void load(const float2* record, bool swapped) {
 #pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) two[i] = reinterpret_cast<const float4*>(record)[i];
+    for (int i = 0; i < kRows / 2; ++i) {
+      const float4 x = reinterpret_cast<const float4*>(record)[i];
+      two[i] = swapped ? make_float4(x.z, x.w, x.x, x.y) : x;
+    }
   }
   __device__ float2 of(int row, bool turned) const {
     const float ds = row % 2 == 0 ? two[row / 2].x : two[row / 2].z, p = row % 2 == 0 ? two[row / 2].y : two[row / 2].w;
@@ -65,15 +66,18 @@ __device__ __forceinline__ void store_piece(T* to, const float (&sum)[kCount]) {
     for (int i = 0; i < kCount; i += 4) store_four(to + i, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
 }
 
-// kRows: at least row_slots. grid (any, heads_kv * slices)
-template <typename T, int kRows, int kBlock>
+// kRows: at least row_slots. kSlice: bytes of a row that a block holds, the narrower the more samples there are. grid (any, heads_kv * slices)
+template <typename T, int kRows, int kBlock, int kSlice>
 __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
+  constexpr int kPieceLanes = kSlice / 16;     // lanes of a group, 16 bytes each
+  constexpr int kMembers = 32 / kPieceLanes;   // groups of a warp: each adds up members of its own
+  constexpr int kRun = kSumPlaces / kMembers;  // places of a group, one after the other; a warp has as many as a block of Sums
   extern __shared__ __align__(16) unsigned char bytes[];
   constexpr int kColumns = 16 / int(sizeof(T));  // of a lane
   const Problem& p = c.p;
   uint4* const pieces = reinterpret_cast<uint4*>(bytes);  // (samples, row_slots, q and dout, kPieceLanes)
-  const int slices = (p.head_dim * int(sizeof(T)) + kSliceBytes - 1) / kSliceBytes;
-  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kSliceBytes / int(sizeof(T)));
+  const int slices = Combine::slices(p, kSlice, sizeof(T));
+  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kSlice / int(sizeof(T)));
   for (int i = threadIdx.x; i < p.samples * c.row_slots * 2 * kPieceLanes; i += kBlock) {
     const int row = i / (2 * kPieceLanes) % c.row_slots, column = first_column + i % kPieceLanes * kColumns;
     const QueryRows rows(p, i / (2 * kPieceLanes) / c.row_slots, head_kv);
@@ -86,8 +90,8 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
   __syncthreads();
 
   const int lane = threadIdx.x % 32, part = lane % kPieceLanes, group = lane / kPieceLanes;
-  // Neighbouring groups read q and dout in opposite order: else both would want the same half of the banks.
-  const bool turned = group % 2;
+  // Neighbouring groups read q and dout in opposite order, and of narrow slices also rows: else they would want the same banks.
+  const bool turned = group % 2, swapped = kSlice < kWidestSlice && group / 2 % 2;
   const int column = first_column + part * kColumns, at_column = head_kv * p.head_dim + column;
   const bool inside = column < p.head_dim;
   const int places = int(c.g.offsets[c.g.table]);
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
     return c.records.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
   };
   // The gradient's row and the sample of a key; row -1 where there is none.
-  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : c.records.names[key]; };
+  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : make_int2(int(c.g.index[key]), c.records.samples[key]); };
 
   const int warps = gridDim.x * (kBlock / 32);
   for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
     int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
     int2 names = names_of(key), names_next{};
     Coefficients<kRows> by, by_next;
-    by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)));
+    by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)), swapped);
     int row = __shfl_sync(~0u, names.x, 0, kPieceLanes);
     bool begun = row == row_before;
 #pragma unroll 1
@@ -119,15 +123,15 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
         // Keys are looked up two rounds ahead, their names one, their coefficients a step: nothing waits for the one before.
         if (s == 0) names_next = names_of(key_next), key_later = key_at(at + 2 * kPieceLanes + part);
         const bool last = s + 1 == kPieceLanes;
-        by_next.load(record(max(__shfl_sync(~0u, last ? key_next : key, (s + 1) % kPieceLanes, kPieceLanes), 0)));
+        by_next.load(record(max(__shfl_sync(~0u, last ? key_next : key, (s + 1) % kPieceLanes, kPieceLanes), 0)), swapped);
         const int sample = __shfl_sync(~0u, names.y, s, kPieceLanes);
         const int row_next = __shfl_sync(~0u, last ? names_next.x : names.x, (s + 1) % kPieceLanes, kPieceLanes);
         if (row >= 0) {
           const uint4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
 #pragma unroll
-          for (int r = 0; r < kRows; ++r)
-            if (r < c.row_slots) {
-              const float2 coefficients = by.of(r, turned);
+          for (int i = 0; i < kRows; ++i)
+            if (const int r = i ^ int(swapped); r < c.row_slots) {
+              const float2 coefficients = by.of(i, turned);
               add_piece(sum, from[(2 * r + turned) * kPieceLanes], coefficients.x);
               add_piece(sum, from[(2 * r + !turned) * kPieceLanes], coefficients.y);
             }

@@ -44,7 +44,7 @@ struct WideForward {
   // A panel holds 32 columns (of queries: dimensions; of weights: keys) of all rows, swizzled over 128 bytes as products read it; a
   // row's leading parts stand in row r, its remainders in row r + kRows.
   static constexpr int kPanelFloats = 2 * kRows * 32;
-  using Shape = TileShape<float, kDim, 16, kStages, true, Brings::kNothing, true>;
+  using Shape = TileShape<float, kDim, 16, kStages, true, false, true>;
   using Stage = typename Shape::Stage;
 
   // To be aligned to 1024 bytes, as panels are; two blocks to a multiprocessor leave it 115,712 bytes.

@@ -12,15 +12,15 @@ constexpr int kZeroRows = kSumPlaces;       // table rows among which a block lo
 constexpr int kAhead = 4;                   // members under way at a time
 
 // What the first pass leaves of a key where coefficients are enough: for every query row d(score), scaled, and p, in whole sectors of
-// memory; and once for all heads its row of the gradient and its sample.
+// memory; and once for all heads its sample. Nothing of the gradient's rows, which may be found meanwhile.
 constexpr int kMostRecordedRows = 8;
 __host__ __device__ constexpr int record_pairs(int rows) { return rows <= 4 ? 4 : 8; }
 struct Records {
   float2* pairs;  // (keys, heads_kv, record_pairs)
-  int2* names;    // (keys,)
+  int* samples;   // (keys,)
 
   static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
-  static size_t name_bytes(const Problem& p) { return sizeof(int2) * p.keys; }
+  static size_t sample_bytes(const Problem& p) { return sizeof(int) * p.keys; }
 };
 
 struct Sums {

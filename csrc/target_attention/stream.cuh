@@ -119,18 +119,14 @@ __device__ void load_queries(T* shared, const void* source, const Problem& p, co
 
 // ---- tiles of keys ---------------------------------------------------------------------------
 
-// What a key brings beside its row: the row of the gradient that it adds to, and the bounds of that row's members.
-enum class Brings { kNothing, kRow, kRowAndMembers };
-
-// kOneTable: values are the keys. kTogether: all warps of the block read each warp's tiles, so that they have equally many of them;
-// rows lie without gaps, and their pieces of 16 bytes change places instead.
-template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, Brings kBrings = Brings::kNothing,
-          bool kTogether_ = false>
+// kOneTable: values are the keys. kMembers: a key brings the row of the gradient that it adds to, and the bounds of that row's members.
+// kTogether: all warps of the block read each warp's tiles, so that they have equally many of them; rows lie without gaps, and their
+// pieces of 16 bytes change places instead.
+template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, bool kMembers_ = false, bool kTogether_ = false>
 struct TileShape {
   using T = T_;
   static constexpr int kDim = kDim_, kTile = kTile_, kStages = kStages_;
-  static constexpr bool kOneTable = kOneTable_, kRow = kBrings != Brings::kNothing;
-  static constexpr bool kMembers = kBrings == Brings::kRowAndMembers, kTogether = kTogether_;
+  static constexpr bool kOneTable = kOneTable_, kMembers = kMembers_, kTogether = kTogether_;
   static constexpr int kPiece = 16 / sizeof(T);
   static constexpr int kStride = kDim + (kTogether ? 0 : kPiece);  // rows start 4 banks apart: matrix loads meet no conflict
 
@@ -142,7 +138,7 @@ struct TileShape {
   struct alignas(16) Stage {
     T rows[kOneTable ? 1 : 2][kTile * kStride];
     int64_t members[kMembers ? kTile : 1][2];
-    int row[kRow ? kTile : 1];
+    int row[kMembers ? kTile : 1];
     float weight[kTile];  // softmax: log weight, -inf past the end; otherwise multiplier, 0 past the end
 
     __device__ const T* k() const { return rows[0]; }
@@ -195,7 +191,7 @@ class KeyStream {
     weight_ = softmax ? -CUDART_INF_F : 0.f;
     if (lane < Shape::kTile && key < end_) {
       row_ = static_cast<int>(p_.rows[key]);
-      if (Shape::kRow) into_ = static_cast<int>(index_[key]);
+      if (Shape::kMembers) into_ = static_cast<int>(index_[key]);
       weight_ = softmax ? 0.f : 1.f;
       if (weights_ == Weights::kPerKey) weight_ = p_.weight[key * p_.weight_stride_key];
     }
@@ -206,8 +202,8 @@ class KeyStream {
       const int lane = threadIdx.x % 32;
       Stage& stage = stages_[issued_ % Shape::kStages];
       if (lane < Shape::kTile) stage.weight[lane] = weight_;
-      if (Shape::kRow && lane < Shape::kTile) stage.row[lane] = into_;
       if (Shape::kMembers && lane < Shape::kTile) {
+        stage.row[lane] = into_;
         copy_async_8(&stage.members[lane][0], offsets_ + max(into_, 0));
         copy_async_8(&stage.members[lane][1], offsets_ + max(into_, 0) + 1);
       }

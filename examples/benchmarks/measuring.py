@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,3 +65,42 @@ def machine(device: torch.device) -> str:
     """Device and versions, for the line above a table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return f"{name}, torch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if device.type == "cuda" else "")
+
+
+class CubSort:
+    """CUB's SortPairs from a shared library, cub_sort.cu compiled."""
+
+    def __init__(self, library: str) -> None:
+        self.sort = ctypes.CDLL(library).cub_sort_pairs
+
+    def work(self, keys: Tensor, end_bit: int) -> Callable[[], object]:
+        """A call that sorts int64 keys by their lowest bits, with 32-bit values."""
+        keys = keys.reshape(-1)
+        n = keys.numel()
+        values = torch.arange(n, device="cuda", dtype=torch.int32)
+        keys_out, values_out = torch.empty_like(keys), torch.empty_like(values)
+        size = ctypes.c_size_t(0)
+
+        def call(temporary: Tensor | None) -> None:
+            arrays = (ctypes.c_void_p(x.data_ptr()) for x in (keys, keys_out, values, values_out))
+            where = ctypes.c_void_p(0 if temporary is None else temporary.data_ptr())
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            status = self.sort(where, ctypes.byref(size), *arrays, n, end_bit, stream)
+            assert status == 0, status
+
+        call(None)
+        temporary = torch.empty(size.value, dtype=torch.uint8, device="cuda")
+        call(temporary)
+        assert bool((keys_out[1:] >= keys_out[:-1]).all())
+        return lambda: call(temporary)
+
+
+def compiled_cub_sort() -> str:
+    """The library, compiled for this machine's GPU."""
+    library = str(Path(tempfile.mkdtemp()) / "cub_sort.so")
+    source = Path(__file__).with_name("cub_sort.cu")
+    subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", source, "-o", library],
+        check=True,
+    )
+    return library

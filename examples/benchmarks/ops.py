@@ -10,14 +10,11 @@ is compiled with nvcc on the fly, or given by --cub (cub_sort.cu beside this fil
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measuring import CubSort, compiled_cub_sort
 from torch import Tensor
 
 from ta_plugin import CapturedStep, UniqueSpace
@@ -79,38 +76,6 @@ def copy_bandwidth() -> float:
     b = torch.empty_like(a)
     ways: list[Work] = [lambda: b.copy_(a), lambda: torch.neg(a, out=b)]
     return 2 * a.nbytes / min(microseconds([way]) for way in ways)
-
-
-class CubSort:
-    def __init__(self, library: str | None) -> None:
-        if library is None:
-            library = str(Path(tempfile.mkdtemp()) / "cub_sort.so")
-            source = Path(__file__).with_name("cub_sort.cu")
-            subprocess.run(
-                ["nvcc", "-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", source, "-o", library],
-                check=True,
-            )
-        self.sort = ctypes.CDLL(library).cub_sort_pairs
-
-    def work(self, keys: Tensor, end_bit: int) -> Work:
-        keys = keys.reshape(-1)
-        n = keys.numel()
-        values = torch.arange(n, device="cuda", dtype=torch.int32)
-        keys_out, values_out = torch.empty_like(keys), torch.empty_like(values)
-        size = ctypes.c_size_t(0)
-
-        def call(temporary: Tensor | None) -> None:
-            arrays = (ctypes.c_void_p(x.data_ptr()) for x in (keys, keys_out, values, values_out))
-            where = ctypes.c_void_p(0 if temporary is None else temporary.data_ptr())
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            status = self.sort(where, ctypes.byref(size), *arrays, n, end_bit, stream)
-            assert status == 0, status
-
-        call(None)
-        temporary = torch.empty(size.value, dtype=torch.uint8, device="cuda")
-        call(temporary)
-        assert bool((keys_out[1:] >= keys_out[:-1]).all())
-        return lambda: call(temporary)
 
 
 class Table:
@@ -233,7 +198,7 @@ def main() -> None:
         assert op.implementation == "compiled", op.reason
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e6:.2f} TB/s")
-    table, cub = Table(bandwidth), CubSort(options.cub)
+    table, cub = Table(bandwidth), CubSort(options.cub or compiled_cub_sort())
     with torch.no_grad():
         for length in options.lengths:
             inputs = [zipf(options.samples, length, 1.05, seed) for seed in range(2)]

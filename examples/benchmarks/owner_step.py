@@ -11,8 +11,10 @@ Ways, forward and backward of the same batch, plan included:
   captured  the same with bounds on its sizes, an eighth above what the fullest rank's batch holds; on a GPU replayed from a CUDA graph by
           `CapturedStep`. Its peak memory is that of warm-up and capture: a graph holds it as long as it lives
 Gradients of embeddings end as (row, gradient) pairs at their owners, for `dense` one per occurrence: their sum is left out.
-The floor of `owner` is bytes over the bandwidth of a copy measured in the same run: tokens read and their inverse written once,
-each needed row read once forward and once backward, each distinct row's gradient written; the wire is not in it.
+The floor of `owner` has three parts, all measured in the same run. Bytes over the bandwidth of a copy: tokens read and their inverse
+written once, each needed row read once forward and once backward, each distinct row's gradient written. Sort: CUB's SortPairs of the
+batch's (sample, id) keys with only the bits needed, from `--cub` (cub_sort.cu compiled as a shared library). Wire: the collectives of a
+captured step alone, back to back in a CUDA graph of their own.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
+from measuring import CubSort, copy_bandwidth, machine, median_ms, zipf_tokens
 from torch import Tensor, nn
 
 from ta_plugin import CapturedStep, SSPGroup, TokenizedAttention, UniqueSpace
 from ta_plugin.parallel import create_ssp_group
+from ta_plugin.parallel.collectives import gather_single
+from ta_plugin.parallel.traffic import Traffic
 from ta_plugin.routing import PermutedRows, Route
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of the largest output; float32 products may run on tf32 units
@@ -158,6 +162,56 @@ def device_ms(work: Callable[[], Any], device: torch.device) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
 
 
+class Recorded(Traffic):
+    """Traffic that remembers what each collective sent: shape and dtype of its payload, and how many of its rows left the rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payloads: list[tuple[torch.Size, torch.dtype, int]] = []
+
+    def record(self, name: str, payload: Tensor, rows_sent: int) -> None:
+        super().record(name, payload, rows_sent)
+        if name != "header":  # which a captured step does not exchange
+            self.payloads.append((payload.shape, payload.dtype, rows_sent))
+
+    def again(self, group: SSPGroup) -> Callable[[], Any]:
+        """The same collectives alone, back to back; all of them in equal parts, as those of bounded steps are."""
+
+        def one(shape: torch.Size, dtype: torch.dtype, rows_sent: int) -> Callable[[], Any]:
+            sent = torch.zeros(shape, dtype=dtype, device=group.device)
+            if rows_sent < shape[0]:
+                received = torch.empty_like(sent)
+                return lambda: dist.all_to_all_single(received, sent, group=group.group)
+            gathered = sent.new_empty(group.size * shape[0], *shape[1:])
+            return lambda: gather_single(gathered, sent, group.group)
+
+        calls = [one(*payload) for payload in self.payloads]
+        return lambda: [call() for call in calls]
+
+
+def recorded(run: Callable[[], Any], group: SSPGroup) -> Recorded:
+    """What `run` sends."""
+    traffic, group.traffic = group.traffic, Recorded()
+    run()
+    found, group.traffic = group.traffic, traffic
+    return found
+
+
+def sort_and_wire_ms(
+    args: argparse.Namespace, group: SSPGroup, tokens: Tensor, run: Callable[[], Any], meet: Callable[[], Any] | None
+) -> tuple[float | None, float]:
+    """Of the floor. run: a captured step, eager. No sort without `--cub`."""
+    device, works = tokens.device, {}
+    if args.cub and device.type == "cuda":
+        bits, samples = (args.vocab - 1).bit_length(), torch.arange(tokens.shape[0], device=device)
+        keys = tokens + (samples[:, None] << bits)
+        works["sort"] = CapturedStep(CubSort(args.cub).work(keys, bits + (tokens.shape[0] - 1).bit_length()), [], [])
+    if group.size > 1:
+        works["wire"] = CapturedStep(recorded(run, group).again(group), [], [])
+    ms = median_ms(works, args.rounds, device, meet)
+    return ms.get("sort"), ms.get("wire", 0.0)
+
+
 def measure(
     args: argparse.Namespace, group: SSPGroup, length: int, rate: float, say: Callable[[str], None]
 ) -> dict[str, float]:
@@ -200,12 +254,19 @@ def measure(
     meet = partial(dist.barrier, group.group) if group.size > 1 else None
     times = median_ms(runs, args.rounds, device, meet)
     ids, row = int(space.tokens.unique().numel()), args.dim * dtype.itemsize
-    floor = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
+    moved = 1e3 * (tokens.numel() * 16 + 2 * space.num_rows * row + ids * row) / rate
+    sort, wire = sort_and_wire_ms(args, group, tokens, partial(step, ways["captured"], table, *inputs), meet)
+    floors = [moved, None if sort is None else moved + sort + wire]
+    parts = f"{moved:.2f} + {'no --cub' if sort is None else f'{sort:.2f}'} + {wire:.2f}"
     for name in ways:
         held = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak[name] else "-"
-        against = f"{times[name] / floor:.1f}" if name in ("owner", "captured") else ""
-        speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {floor:.2f} | {against}"
-        say(f"| {group.size} | {length} | {name} | {speed} | {calls[name]} | {sent[name] / 2**20:.4g} | {held} |")
+        bound = name in ("owner", "captured")
+        against = [f"{times[name] / floor:.1f}" if floor and bound else "" for floor in floors]
+        speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {times['unique'] / times[name]:.2f}"
+        sends = f"{calls[name]} | {sent[name] / 2**20:.4g}"
+        say(
+            f"| {group.size} | {length} | {name} | {speed} | {parts if bound else ''} | {' | '.join(against)} | {sends} | {held} |"
+        )
     return times
 
 
@@ -238,6 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cub", help="cub_sort.cu, compiled as a shared library")
     args = parser.parse_args()
     device, world, first = start()
 
@@ -250,7 +312,8 @@ def main() -> None:
         f"{machine(device)}; copy {rate / 1e12:.3f} TB/s; {world} rank(s); per rank B={args.batch} D={args.dim} H={args.heads} "
         f"T={args.targets} {args.dtype}, Zipf {args.alpha} over {args.vocab} ids"
     )
-    columns = ["ranks", "L", "way", "ms", "GPU busy, ms", "dense over it", "floor of owner, ms", "over floor"]
+    columns = ["ranks", "L", "way", "ms", "GPU busy, ms", "dense over it", "unique over it"]
+    columns += ["floor: bytes + sort + wire, ms", "over bytes", "over bytes, sort and wire"]
     columns += ["collectives", "sent per rank, MiB", "peak memory (of dense)"]
     say(f"| {' | '.join(columns)} |")
     say("|" + " --- |" * len(columns))

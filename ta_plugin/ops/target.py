@@ -26,11 +26,14 @@ class RowsInPlace:
     rows:     (K,) int64, the table row of each key
     segments: keys -> rows (G,) of the gradient; keys of one segment name one table row
     record:   takes that gradient (G, Hk, D), once per backward; None where nobody wants it
+    stream:   handle of the CUDA stream that finds `segments`: what needs them follows there, and `record` also takes what it reads, to be
+              kept until then; 0 where they are here
     """
 
     rows: Tensor
     segments: Segments
-    record: Callable[[Tensor], None] | None
+    record: Callable[..., None] | None
+    stream: int = 0
 
     @property
     def num_members(self) -> int:
@@ -90,8 +93,9 @@ def _backward_in_torch(
     out: Tensor,
     lse: Tensor,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk_table, dv_table ((0,) with one table) and d(weight) of each pair (K, max_seqlen_q, H) ((0,) unless asked for)."""
+    sums: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk_table, dv_table ((0,) with one table), d(weight) of each pair (K, max_seqlen_q, H) ((0,) unless asked for), and (0,)."""
     wide, groups = lse.dtype, k_table.shape[1]
     dq = torch.zeros_like(q)
     dk, dv = (torch.zeros(rows.shape[0], *k_table.shape[1:], dtype=wide, device=q.device) for _ in range(2))
@@ -119,9 +123,9 @@ def _backward_in_torch(
             dpairs[k0:k1, : q1 - q0] = dw.transpose(0, 1).expand(-1, -1, q.shape[1])
     segments = rows if index is None else index, order, offsets
     if v_table is None:
-        return dq, SEGMENT_SUM.in_torch(dk + dv, *segments).to(q.dtype), q.new_empty(0), dpairs
+        return dq, SEGMENT_SUM.in_torch(dk + dv, *segments).to(q.dtype), q.new_empty(0), dpairs, _nothing(q)
     dk, dv = (SEGMENT_SUM.in_torch(d, *segments).to(q.dtype) for d in (dk, dv))
-    return dq, dk, dv, dpairs
+    return dq, dk, dv, dpairs, _nothing(q)
 
 
 def _samples(
@@ -174,6 +178,10 @@ def _pairs_like(q: Tensor, rows: Tensor, max_seqlen_q: int, dtype: torch.dtype) 
     return q.new_empty(rows.shape[0], max_seqlen_q, q.shape[1], dtype=dtype)
 
 
+def _nothing(q: Tensor) -> Tensor:
+    return q.new_empty(0, dtype=torch.uint8)
+
+
 def _lse_like(q: Tensor, normaliser: str) -> Tensor:
     return q.new_empty(q.shape[0] if normaliser == "softmax" else 0, q.shape[1], dtype=_wide(q))
 
@@ -182,12 +190,13 @@ def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), _lse_like(q, rest[-1])
 
 
-def _backward_fake(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k_table, v_table, rows, index, _, offsets, *_, max_seqlen_q, _, _, _, lse, need_dweight = inputs
+def _backward_fake(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k_table, v_table, rows, index, _, offsets, *_, max_seqlen_q, _, _, _, lse, need_dweight, _ = inputs
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = q.new_empty(k_table.shape[0] if index is None else offsets.shape[0] - 1, *k_table.shape[1:])
     dv = q.new_empty(0) if v_table is None else torch.empty_like(dk)
-    return dq, dk, dv, _pairs_like(q, rows, max_seqlen_q, lse.dtype) if need_dweight else lse.new_empty(0)
+    dpairs = _pairs_like(q, rows, max_seqlen_q, lse.dtype) if need_dweight else lse.new_empty(0)
+    return dq, dk, dv, dpairs, _nothing(q)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -199,18 +208,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 14
-    dq, dk, dv, dweight = _gradients(ctx, dout, dlse, ctx.needs_input_grad[9])
+    dq, dk, dv, dweight, _ = _gradients(ctx, dout, dlse, ctx.needs_input_grad[9], 0)
     return dq, dk, dv, *[None] * 6, dweight, *[None] * 4
 
 
 def _gradients(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, need_dweight: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, need_dweight: bool, sums: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    """Gradients of q, tables and weight; and what is read on a stream `sums` beside the current one."""
     *tensors, out, lse = ctx.saved_tensors
     weight, q_chunk = tensors[9:11]
     need_dweight = need_dweight and weight is not None
-    dq, dk, dv, dpairs = TARGET_ATTENTION_BACKWARD(
-        torch.zeros_like(out) if dout is None else dout,
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    dq, dk, dv, dpairs, scratch = TARGET_ATTENTION_BACKWARD(
+        dout,
         dlse if ctx.normaliser == "softmax" else None,
         *tensors,
         ctx.max_seqlen_q,
@@ -219,27 +230,29 @@ def _gradients(
         out,
         lse,
         need_dweight,
+        sums,
     )
     dweight = _weight_gradient(dpairs, weight, q_chunk, *tensors[7:9]) if need_dweight else None
-    return dq, dk, None if tensors[2] is None else dv, dweight
+    kept = [dout, tensors[0], tensors[7], scratch] if sums else []
+    return dq, dk, None if tensors[2] is None else dv, dweight, kept
 
 
 class _InPlace(torch.autograd.Function):
     """The operator on a table outside of the graph, whose gradient `record` takes."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, record: Callable[[Tensor], None], *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, anchor: Tensor, rows: RowsInPlace, *inputs: Any) -> tuple[Tensor, Tensor]:
         output: tuple[Tensor, Tensor] = TARGET_ATTENTION(*inputs)
         _keep(ctx, inputs, output)
-        ctx.record = record
+        ctx.record, ctx.stream = rows.record, rows.stream
         return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 16
-        dq, dk, _, dweight = _gradients(ctx, dout, dlse, ctx.needs_input_grad[11])
-        ctx.record(dk)
+        dq, dk, _, dweight, kept = _gradients(ctx, dout, dlse, ctx.needs_input_grad[11], ctx.stream)
+        ctx.record(dk, *kept)
         return dq.new_empty(0), None, dq, *[None] * 8, dweight, *[None] * 4
 
 
@@ -253,9 +266,9 @@ def attend(
     segments = rows.segments
     if rows.record is None:
         return TARGET_ATTENTION(q, k_table, v_table, rows.rows, segments.index, *segments.grouped_for(*tensors), *rest)
-    inputs = (q, k_table, v_table, rows.rows, segments.index, *segments.grouped, *rest)
+    inputs = (q.contiguous(), k_table, v_table, rows.rows, segments.index, *segments.grouped, *rest)
     anchor = torch.empty(0, device=q.device, requires_grad=True)  # backward runs also where q needs no gradient
-    return _InPlace.apply(anchor, rows.record, *inputs)
+    return _InPlace.apply(anchor, rows, *inputs)
 
 
 def _weight_gradient(
@@ -289,8 +302,8 @@ TARGET_ATTENTION = Operator(
 )
 TARGET_ATTENTION_BACKWARD = Operator(
     "target_attention_backward",
-    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, bool need_dweight) "
-    "-> (Tensor dq, Tensor dk_table, Tensor dv_table, Tensor dpairs)",
+    f"(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, bool need_dweight, int sums) "
+    "-> (Tensor dq, Tensor dk_table, Tensor dv_table, Tensor dpairs, Tensor scratch)",
     _backward_in_torch,
     _backward_fake,
 )

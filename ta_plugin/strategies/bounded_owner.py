@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ from ta_plugin.ops.buckets import COMPACT
 from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
 from ta_plugin.parallel.collectives import Arrived, Moving
 from ta_plugin.routing import BoundedRoute, bounds_of
-from ta_plugin.strategies.in_place import read_rows
+from ta_plugin.strategies.in_place import OwnedTable, read_rows
 from ta_plugin.strategies.partial import Keys, attend_targets
 from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.unique_space import UniqueSpace
 
 _NO_ID = torch.iinfo(torch.int64).max
 
@@ -39,14 +42,20 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     moving = Buckets([route.sizes, route.fill(space.tokens), route.fill(_weights(request, modules))], group, "keys")
     # targets are looked up while the keys travel, and travel while the keys are brought together
     answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
+    places = None if answer is None else _places(request, modules)
+    everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     sizes, tokens, weights = moving.arrive()
     received = bounds_of(sizes)  # of the samples (rank, b)
-    keys = Keys.owned(BoundedSpace.of_rows(COMPACT(tokens, received), received), modules)
-    q = modules.projections.queries(_target_rows(request, modules, answer))
+    tokens = COMPACT(tokens, received)
+    table = OwnedTable.of(tokens, received[-1:], modules)  # before all else, because it runs beside that
+    modules.settle()
+    _ = table.in_place  # which rows of the table: while queries travel
+    with modules.beside.work("targets", tokens, received):  # what nobody reads here
+        owned = BoundedSpace.of_rows(tokens, received)
+    keys = Keys.among(table, owned)
+    q = modules.projections.queries(_target_rows(request, answer, places))
     queries = start_all_gather_rows(q, request.query_counts, group, "queries")
-    weight = _as_weights(COMPACT(weights, received), modules, q.dtype)
-
-    everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
+    weight = _as_weights(COMPACT(weights, received), owned, modules, q.dtype)
     out, lse = attend_targets(modules, queries.arrive(), everybody, keys.weighted(RowWeights(weight, None)), None)
     return _return_partials(out, lse, modules, bounds)
 
@@ -66,11 +75,14 @@ def _weights(request: Request, modules: AttentionModules) -> Tensor:
     return weight
 
 
-def _as_weights(received: Tensor, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
+def _as_weights(received: Tensor, owned: UniqueSpace, modules: AttentionModules, dtype: torch.dtype) -> Tensor:
     if received.is_floating_point():
         return received
-    counts = received.to(torch.promote_types(dtype, torch.float32))
-    return counts.log_() if modules.scoring.normaliser == "softmax" else counts
+    if modules.scoring.normaliser != "softmax":
+        return received.to(torch.promote_types(dtype, torch.float32))
+    weight = replace(owned, counts=received).log_counts(dtype)
+    assert weight is not None
+    return weight
 
 
 def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Moving | Arrived:
@@ -82,29 +94,32 @@ def _start_answer(ids: Tensor, modules: AttentionModules, bounds: Bounds) -> Mov
         ids = torch.where(mine, ids, torch.where(least < _NO_ID, least, bounds.filler))
     rows = read_rows(ids, modules)
     if rows is None:
-        distinct = bounds.distinct(ids)
+        distinct = bounds.owned(bounds.distinct(ids))
         rows = expand(embed_owned(distinct.tokens, modules.embedding_fn), distinct.segments)
     even = [ids.numel() // group.size] * group.size
     return start_all_to_all_rows(rows, even, even, group, "targets.rows")
 
 
-def _target_rows(request: Request, modules: AttentionModules, answer: Moving | Arrived | None) -> Tensor:
-    """Embeddings (Q, E) of the packed targets."""
-    assert request.targets is not None
-    if answer is None:
-        assert request.queries is not None
-        return request.targets.pack(request.queries)
-    assert request.target_ids is not None
+def _places(request: Request, modules: AttentionModules) -> Tensor:
+    """Where the embeddings of the packed targets are in the answer, (Q,) int64."""
+    assert request.targets is not None and request.target_ids is not None
     ids = request.targets.pack(request.target_ids)
-    place = torch.arange(ids.numel(), device=ids.device)
-    return answer.arrive().index_select(0, _owners(ids, modules) * ids.numel() + place)
+    return _owners(ids, modules) * ids.numel() + torch.arange(ids.numel(), device=ids.device)
+
+
+def _target_rows(request: Request, answer: Moving | Arrived | None, places: Tensor | None) -> Tensor:
+    """Embeddings (Q, E) of the packed targets."""
+    if answer is not None and places is not None:
+        return answer.arrive().index_select(0, places)
+    assert request.targets is not None and request.queries is not None
+    return request.targets.pack(request.queries)
 
 
 def _return_partials(out: Tensor, lse: Tensor | None, modules: AttentionModules, bounds: Bounds) -> Tensor:
-    """Each owner's partial results back to the readers of the queries, merged there, and its word on whether all of it fitted."""
+    """Each owner's partial results back to the readers of the queries, merged there, and its word on whether something did not fit."""
     ranks = modules.group.size
     parts = [x.view(ranks, -1, *x.shape[1:]) for x in ([out] if lse is None else [out, lse])]
-    parts.append(bounds.settle().expand(ranks, 1))
-    outs, *lses, settled = Buckets(parts, modules.group, "partials").arrive()
-    bounds.hear(settled)
+    parts.append(bounds.wrong().expand(ranks, 1))
+    outs, *lses, wrong = Buckets(parts, modules.group, "partials").arrive()
+    bounds.hear(wrong)
     return modules.scoring.combine(outs, lses[0] if lses else None)[0]

@@ -18,30 +18,33 @@ from ta_plugin.unique_space import UniqueSpace
 if TYPE_CHECKING:
     from ta_plugin.strategies.request import AttentionModules
 
-Record = Callable[[Tensor], None]
+Record = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class OwnedTable:
-    """Embeddings of the distinct ids of a space's tokens, at their owner: looked up once each, or read where they lie.
+    """Embeddings of the distinct ids among tokens (n,), at their owner: looked up once each, or read where they lie.
 
-    Forward needs the distinct ids only to look them up, backward to add gradients up, so finding them runs beside what follows.
+    Forward needs the distinct ids only to look them up, backward to add gradients up, so finding them runs beside what follows: in a
+    `CapturedStep` gradients are added up there too.
     """
 
     distinct: UniqueSpace
-    space: UniqueSpace
+    tokens: Tensor
     modules: AttentionModules
 
     @classmethod
-    def of(cls, space: UniqueSpace, modules: AttentionModules) -> OwnedTable:
-        with modules.beside.work("keys", space.tokens, space.cu_seqlens):
-            distinct = modules.distinct(space.tokens, space.end)
-        return cls(distinct, space, modules)
+    def of(cls, tokens: Tensor, end: Tensor | None, modules: AttentionModules) -> OwnedTable:
+        """Of the tokens before `end` (1,)."""
+        with modules.beside.work("keys", tokens, *([] if end is None else [end])):
+            distinct = modules.distinct(tokens, end)
+        return cls(distinct, tokens, modules)
 
     @cached_property
     def looked_up(self) -> Tensor:
-        self.modules.beside.join()
-        return embed_owned(self.distinct.tokens, self.modules.embedding_fn)
+        self.modules.beside.so_far("keys")()
+        distinct, bounds = self.distinct, self.modules.bounds
+        return embed_owned((distinct if bounds is None else bounds.owned(distinct)).tokens, self.modules.embedding_fn)
 
     @cached_property
     def in_place(self) -> tuple[Tensor, RowsInPlace] | None:
@@ -49,10 +52,15 @@ class OwnedTable:
         fn: Any = self.modules.embedding_fn
         if not hasattr(fn, "in_place"):
             return None
-        table, rows = fn.in_place(self.space.tokens)
+        table, rows = fn.in_place(self.tokens)
         if not table.is_contiguous():
             return None
-        return table, RowsInPlace(rows, self.distinct.segments, _record(self.distinct, self.modules, "keys"))
+        modules, record = self.modules, _record(self.distinct, self.modules, "keys")
+        late = record is not None and modules.beside.lasts
+        if modules.bounds is not None:
+            modules.bounds.held(self.distinct, modules.beside if late else None)
+        stream = modules.beside.later("keys") if late else 0
+        return table, RowsInPlace(rows, self.distinct.segments, record, stream)
 
 
 def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
@@ -62,6 +70,8 @@ def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
         return None
     with modules.beside.work("targets", ids):
         distinct = modules.distinct(ids)
+    if modules.bounds is not None:
+        modules.bounds.held(distinct)
     table, rows = fn.in_place(ids)
     record = _record(distinct, modules, "targets")
     if record is None:
@@ -77,7 +87,16 @@ def _record(distinct: UniqueSpace, modules: AttentionModules, name: str) -> Reco
         return None
     with modules.beside.work(name, distinct.tokens):
         rows = fn.in_place(distinct.tokens)[1]
-    return lambda grad: fn.record(rows, grad.flatten(1))
+    if name != "keys" or not modules.beside.lasts:
+        return lambda grad: fn.record(rows, grad.flatten(1))
+
+    def record(grad: Tensor, *kept: Tensor) -> None:
+        with modules.beside.work(name, grad, *kept):
+            fn.record(rows, grad.flatten(1))
+        # at the end of backward: an optimizer may follow
+        torch.autograd.Variable._execution_engine.queue_callback(modules.beside.end)
+
+    return record
 
 
 class _Read(torch.autograd.Function):

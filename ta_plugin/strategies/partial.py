@@ -38,7 +38,11 @@ class Keys:
     @classmethod
     def owned(cls, space: UniqueSpace, modules: AttentionModules) -> Keys:
         """The rows of `space`, whose tokens this rank owns, without weights yet."""
-        table = OwnedTable.of(space, modules)
+        return cls.among(OwnedTable.of(space.tokens, space.end, modules), space)
+
+    @classmethod
+    def among(cls, table: OwnedTable, space: UniqueSpace) -> Keys:
+        """The rows of `space`, whose tokens are those of the table, without weights yet."""
         return cls(table, table.distinct.segments, space, RowWeights(None, None))
 
     def weighted(self, weights: RowWeights) -> Keys:
@@ -79,6 +83,7 @@ def attend_targets(
     modules: AttentionModules, q: Tensor, targets: PackedTargets, keys: Keys, cutoffs: Cutoffs | None
 ) -> tuple[Tensor, Tensor | None]:
     """Packed queries q (Q, H, D) onto the rows held here: out (Q, H, Dv), and lse (Q, H) under softmax."""
+    modules.settle()
     results = _attend_keys(modules, q, targets, keys, cutoffs)
     modules.beside.join()
     return results
@@ -117,9 +122,9 @@ def _attend_embeddings(
     scoring: Scoring, q: Tensor, targets: PackedTargets, heads: int, keys: Keys, cutoffs: Cutoffs | None
 ) -> tuple[Tensor, Tensor | None]:
     """Queries onto the embeddings themselves, cut into heads, as keys and values; in place where embedding and kernel allow it."""
-    here = keys.source.in_place if isinstance(keys.source, OwnedTable) else None
-    if here is not None:
-        table, rows = as_heads(here[0], heads, "embedding"), here[1]
+    owned = keys.source if isinstance(keys.source, OwnedTable) else None
+    if owned is not None and owned.in_place is not None:
+        table, rows = as_heads(owned.in_place[0], heads, "embedding"), owned.in_place[1]
         if _gathers(scoring, q, table, None, keys, cutoffs):
             return _attend(scoring, q, targets, table, None, keys, cutoffs, rows)
     return _attend(scoring, q, targets, as_heads(keys.table, heads, "embedding"), None, keys, cutoffs)

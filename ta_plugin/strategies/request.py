@@ -41,7 +41,13 @@ class AttentionModules:
 
     @cached_property
     def beside(self) -> Beside:
-        return Beside(self.group.device)
+        lasting = None if self.bounds is None else self.bounds.beside
+        return lasting or Beside(self.group.device)
+
+    def settle(self) -> None:
+        """In a `CapturedStep`, find out about bounds beside what follows."""
+        if self.bounds is not None and self.beside.lasts:
+            self.bounds.settle(self.beside)
 
     def distinct(self, ids: Tensor, end: Tensor | None = None) -> UniqueSpace:
         """The distinct ones of ids (n,), of the rows before `UniqueSpace.end`."""
@@ -116,6 +122,8 @@ def fetch(
     backward.
     """
     ids_space = modules.distinct(ids, end) if deduplicate else UniqueSpace.of_occurrences(ids)
+    if modules.bounds is not None:
+        ids_space = modules.bounds.owned(ids_space)
     group, owners = modules.group, owners_of(modules.embedding_fn, modules.group.size)
     if group.size == 1 and deduplicate:
         return embed_owned(ids_space.tokens, modules.embedding_fn), ids_space.segments

@@ -20,7 +20,7 @@ def test_two_ranks_print_every_way_and_weak_scaling() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    line = r"^\| (\d+) \| 48 \| (\w+) \|(?:[^|]*\|){5} (\d+) \| ([\d.e-]+) \|"
+    line = r"^\| (\d+) \| 48 \| (\w+) \|(?:[^|]*\|){7} (\d+) \| ([\d.e-]+) \|"
     found = {(int(n), way): (int(calls), float(mib)) for n, way, calls, mib in re.findall(line, done.stdout, re.M)}
     sent = {key: mib for key, (_, mib) in found.items()}
     ways = ("dense", "unique", "owner", "captured")
@@ -28,4 +28,10 @@ def test_two_ranks_print_every_way_and_weak_scaling() -> None:
     assert all(sent[1, way] == 0 for way in ways)
     assert all((calls > 0) == (ranks > 1) for (ranks, _), (calls, _) in found.items())
     assert 0 < sent[2, "unique"] < sent[2, "dense"] and sent[2, "owner"] > 0
+    floors = re.findall(
+        r"^\| (\d) \| 48 \| captured \|(?:[^|]*\|){4} ([\d.]+) \+ no --cub \+ ([\d.]+) \| ([\d.]+) \|  \|",
+        done.stdout,
+        re.M,
+    )
+    assert [(n, float(wire) > 0) for n, _, wire, _ in floors] == [("1", False), ("2", True)], done.stdout
     assert re.search(r"weak scaling, 2 ranks, L=48: dense \d+%, unique \d+%, owner \d+%, captured \d+%", done.stdout)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention
 from ta_plugin.embedding import SharedEmbedding
 from ta_plugin.ops import load_op
+from ta_plugin.strategies.beside import Beside
 
 B, L, T, V, E, H = 4, 30, 2, 60, 64, 2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -132,6 +133,33 @@ def test_queries_without_gradients_leave_the_rows_theirs() -> None:
     model(**given, queries=torch.randn(B, T, E)).sum().backward()
     ((rows, grad),) = table.table.take_recorded()
     assert bool(grad.any()) and rows.numel() == grad.shape[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_too_many_ids_that_are_found_late_are_told_by_the_next_call(device: str) -> None:
+    """As while a step is captured: results do not wait for the distinct ids, whose gradients are left out."""
+    for ids, right in ((V, True), (3, False)):
+        model, table = build(device, torch.float32, True, row_bound=B * L, id_bound=ids, maps=("query",))
+        assert model.bounds is not None
+        model.bounds.beside = Beside(torch.device(device), lasts=True)
+        given = batch(device)
+        del given["targets"]  # whose ids are counted before
+        given["queries"] = torch.randn(B, T, E, device=device)
+        out = model(**given)
+        out.sum().backward()
+        assert bool(out.isfinite().all())
+        ((_, grad),) = table.table.take_recorded()
+        assert bool(grad.any()) == right
+        given["tokens"] = given["tokens"] % 3
+        assert bool(model(**given).isfinite().all() if right else model(**given).isnan().all())
+        if right:
+            model.check_bounds()
+            continue
+        with pytest.raises(
+            ValueError, match=r"distinct ids of a batch reached \d+, outside \[0, 3\]; pass a larger id_bound"
+        ):
+            model.check_bounds()
+        assert bool(model(**given).isfinite().all())
 
 
 def test_rows_written_to_before_backward_are_noticed() -> None:
