@@ -44,7 +44,7 @@ Workspace carve(Carver& carver, const Problem& p, bool deterministic, int multip
   const int64_t tiles = int64_t(Plan::max_tiles(p.keys, p.samples, kKeyTile)) * p.heads_kv;
   w.parts.multiprocessors = multiprocessors;
   w.parts.most = 0;
-  if (!deterministic && !p.causal && pieces >= 2) {
+  if (!deterministic && !p.causal && shares_rounds(p.head_dim) && pieces >= 2) {
     w.parts.most = int(std::min(int64_t(kMostRounds) * multiprocessors, tiles * pieces));
   }
   w.parts.sums =
@@ -79,10 +79,12 @@ cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w
   const int tiles = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
   const int blocks = tiles + w.parts.most;
   TA_RETURN_IF_ERROR(launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters));
-  if (w.parts.most == 0) return cudaSuccess;
-  const SumPartsParameters sums{w.keys, w.parts, g.dk, g.dv, p.heads_kv, p.heads / p.heads_kv, p.scale};
-  sum_parts_kernel<typename Shape::T, Shape::kHeadDim, kKeyTile>
-      <<<std::min(tiles, w.parts.multiprocessors), 2 * kWarpgroup, 0, stream>>>(sums);
+  if constexpr (Shape::kShares) {
+    if (w.parts.most == 0) return cudaSuccess;
+    const SumPartsParameters sums{w.keys, w.parts, g.dk, g.dv, p.heads_kv, p.heads / p.heads_kv, p.scale};
+    sum_parts_kernel<typename Shape::T, Shape::kHeadDim, kKeyTile>
+        <<<std::min(tiles, w.parts.multiprocessors), 2 * kWarpgroup, 0, stream>>>(sums);
+  }
   return cudaGetLastError();
 }
 

@@ -50,11 +50,10 @@ struct BackwardShape {
   static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
-  // Steps of 16 columns of V that stay in registers: as many as fit.
-  static constexpr int kHeldV = kHeadDim == 64 ? 1 : 2;
+  static constexpr int kHeldV = 2;  // steps of 16 columns of V that stay in registers
   // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
   // the tiles of a causal last round are its cheapest.
-  static constexpr bool kShares = kAccumulateDq && !kCausal;
+  static constexpr bool kShares = kAccumulateDq && !kCausal && shares_rounds(kHeadDim);
   static constexpr int kStages = 2;
   static constexpr int kThreads = 3 * kWarpgroup;
 
@@ -81,12 +80,12 @@ struct BackwardShape {
 // of queries (under a causal mask from the diagonal on), of these the block's share.
 template <class Shape>
 __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared, const BackwardParameters& p,
-                                                 const CUtensorMap* map_q, const CUtensorMap* map_dout,
-                                                 const CUtensorMap* map_k, const CUtensorMap* map_v) {
+                                                 const Tile& tile, const CUtensorMap* map_q,
+                                                 const CUtensorMap* map_dout, const CUtensorMap* map_k,
+                                                 const CUtensorMap* map_v) {
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kQueries = Shape::kQueries;
   constexpr int kTileBytes = tile_bytes<T, kQueries, kHeadDim>() + kQueries * int(sizeof(float));
-  const Tile& tile = shared.tile;
   const Share share = Shape::kShares ? shared.share : Share{0, 1, -1};
   barrier_expect(&shared.kv_landed, 2 * tile_bytes<T, Shape::kKeys, kHeadDim>());
   load_tile<T, Shape::kKeys, kHeadDim>(shared.k, map_k, &shared.kv_landed, tile.head, tile.begin + tile.row);
@@ -109,7 +108,8 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
       const int64_t place = p.rows.row(chunk, head);
       shared.runs.put(next, {first_row, end_row, int(place / kQueries), chunk, head,
                              p.weight_stride_head != 0 || head == first_head});
-#pragma unroll 1  // unrolled, it would not fit into the producer's registers
+      // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform ones.
+#pragma unroll 2
       for (int row = first_row; row < end_row; row += kQueries) {
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
         barrier_expect(&shared.q_landed[at.stage], kTileBytes);
@@ -174,13 +174,12 @@ __device__ __forceinline__ void multiply_ds_k(float (&d)[32], uint32_t ds, uint3
 
 template <class Shape>
 __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared, const BackwardParameters& p,
-                                                 int consumer) {
+                                                 const Tile& tile, int consumer) {
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   constexpr int kDqColumns = padded_columns(kHeadDim);
   const float factor = p.scale * kLog2e;
   const int thread = threadIdx.x % kWarpgroup;
-  const Tile& tile = shared.tile;  // read where it is used: kept, it would fill the registers
   // Of the lane, within the sample; its second row is 8 below.
   const auto lane_key = [&] { return tile.row + consumer * 64 + fragment_row(); };
 
@@ -403,8 +402,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   // Beyond the list the entry holds rubbish; read at once with the list's length, it costs no second wait.
-  const int last = gridDim.x - p.parts.most - 1;
-  Tile tile = find_tile(p.plan, min(int(blockIdx.x), last), p.heads_kv, Shape::kKeys);
+  const int place = Shape::kShares ? min(blockIdx.x, gridDim.x - p.parts.most - 1) : blockIdx.x;
+  Tile tile = find_tile(p.plan, place, p.heads_kv, Shape::kKeys);
   const int tiles = *p.plan.total * p.heads_kv;
   Share share{0, 1, -1};
   if constexpr (Shape::kShares) {
@@ -433,17 +432,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(&shared.ds_free[i], kConsumerWarps);
     }
     barrier_init_fence();
-    shared.tile = tile, shared.share = share;
+    if constexpr (Shape::kShares) shared.tile = tile, shared.share = share;
   }
   __syncthreads();
 
+  // A tile found in two ways is read where it is used: kept, it would fill the registers.
+  const Tile& own = Shape::kShares ? shared.tile : tile;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     registers_release<24>();
-    if (threadIdx.x == 0) backward_produce<Shape>(shared, p, &map_q, &map_dout, &map_k, &map_v);
+    if (threadIdx.x == 0) backward_produce<Shape>(shared, p, own, &map_q, &map_dout, &map_k, &map_v);
   } else {
     registers_acquire<240>();
-    backward_consume<Shape>(shared, p, warpgroup - 1);
+    backward_consume<Shape>(shared, p, own, warpgroup - 1);
   }
 }
 

@@ -23,6 +23,9 @@ struct Parts {
   float4* sums;
 };
 
+// With head_dim 64 the walk has no registers left for it, and loses more than the last round gains.
+__host__ __device__ constexpr bool shares_rounds(int head_dim) { return head_dim > 64; }
+
 constexpr int kMostRounds = 2;          // that the last round is replaced by
 constexpr float kBlockQueries = 160.f;  // what a block's beginning and end cost, in queries that take as long
 constexpr int kLeastPartQueries = 512;  // of a part
