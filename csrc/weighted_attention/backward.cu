@@ -1,4 +1,7 @@
-// Launches the backward pass: plan, rows, keys, and then either the conversion of dq's sums or its own kernel.
+// Launches the backward pass: plan, rows, keys with the sums of shared tiles, and then either the conversion of dq's
+// sums or its own kernel.
+#include <algorithm>
+
 #include "backward.cuh"
 #include "backward_dq.cuh"
 #include "launch.cuh"
@@ -23,9 +26,10 @@ struct Carver {
 struct Workspace {
   Plan keys;
   RowWorkspace rows;
+  Parts parts;
 };
 
-Workspace carve(Carver& carver, const Problem& p, bool deterministic) {
+Workspace carve(Carver& carver, const Problem& p, bool deterministic, int multiprocessors) {
   Workspace w;
   w.keys = Plan::at(carver.take(Plan::bytes(p.keys, p.samples, kKeyTile)), p.samples);
   w.rows.plan = Plan::at(carver.take(Plan::bytes(p.queries, p.chunks, kRowTile)), p.chunks);
@@ -35,6 +39,16 @@ Workspace carve(Carver& carver, const Problem& p, bool deterministic) {
   w.rows.delta = static_cast<float*>(carver.take(rows * sizeof(float)));
   w.rows.dq =
       deterministic ? nullptr : static_cast<float*>(carver.take(rows * padded_columns(p.head_dim) * sizeof(float)));
+  // At most as many parts as rounds have blocks, and as tiles have pieces of queries.
+  const int64_t pieces = int64_t(p.queries) * (p.heads / p.heads_kv) / kLeastPartQueries;
+  const int64_t tiles = int64_t(Plan::max_tiles(p.keys, p.samples, kKeyTile)) * p.heads_kv;
+  w.parts.multiprocessors = multiprocessors;
+  w.parts.most = 0;
+  if (!deterministic && !p.causal && shares_rounds(p.head_dim) && pieces >= 2) {
+    w.parts.most = int(std::min(int64_t(kMostRounds) * multiprocessors, tiles * pieces));
+  }
+  w.parts.sums =
+      static_cast<float4*>(carver.take(size_t(w.parts.most) * 2 * kKeyTile * p.head_dim * sizeof(float)));
   return w;
 }
 
@@ -55,14 +69,23 @@ cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w
   TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
   TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
   const BackwardParameters parameters{sequences_of(p),       w.keys,
-                                      w.rows,                p.log_weight,
-                                      p.weight_stride_chunk, p.weight_stride_key,
-                                      p.weight_stride_head,  g.dk,
-                                      g.dv,                  g.dlog_weight,
-                                      p.keys,                p.heads,
-                                      p.heads_kv,            p.scale};
-  const int blocks = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
-  return launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters);
+                                      w.rows,                w.parts,
+                                      p.log_weight,          p.weight_stride_chunk,
+                                      p.weight_stride_key,   p.weight_stride_head,
+                                      g.dk,                  g.dv,
+                                      g.dlog_weight,         p.keys,
+                                      p.heads,               p.heads_kv,
+                                      p.scale};
+  const int tiles = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
+  const int blocks = tiles + w.parts.most;
+  TA_RETURN_IF_ERROR(launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters));
+  if constexpr (Shape::kShares) {
+    if (w.parts.most == 0) return cudaSuccess;
+    const SumPartsParameters sums{w.keys, w.parts, g.dk, g.dv, p.heads_kv, p.heads / p.heads_kv, p.scale};
+    sum_parts_kernel<typename Shape::T, Shape::kHeadDim, kKeyTile>
+        <<<std::min(tiles, w.parts.multiprocessors), 2 * kWarpgroup, 0, stream>>>(sums);
+  }
+  return cudaGetLastError();
 }
 
 template <typename T, int kHeadDim, bool kAccumulateDq, bool kCausal>
@@ -76,7 +99,9 @@ cudaError_t launch_keys_for(const Problem& p, const Gradients& g, const Workspac
 template <typename T, int kHeadDim>
 cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStream_t stream) {
   Carver carver{static_cast<char*>(memory)};
-  const Workspace w = carve(carver, p, g.deterministic);
+  int count;
+  TA_RETURN_IF_ERROR(multiprocessors(&count));
+  const Workspace w = carve(carver, p, g.deterministic, count);
   plan_kernel<<<2, kPlanThreads, 0, stream>>>(sequences_of(p), kRowTile, w.rows.plan, kKeyTile, w.keys);
   TA_RETURN_IF_ERROR(cudaGetLastError());
 
@@ -131,7 +156,9 @@ cudaError_t launch_type(const Problem& p, const Gradients& g, void* workspace, c
 
 size_t backward_workspace_bytes(const Problem& p, bool deterministic) {
   Carver counter{nullptr};
-  carve(counter, p, deterministic);
+  int count = 0;
+  multiprocessors(&count);  // where this fails, the launch does
+  carve(counter, p, deterministic, count);
   return counter.used;
 }
 

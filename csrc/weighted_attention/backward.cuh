@@ -1,7 +1,8 @@
 // Backward pass. A block keeps 128 keys of one key head and walks the queries of its sample, of every query head that
-// shares the key head, in a fixed order: dk and dv are sums in registers and never need atomics. Scores are computed
-// transposed, S^T = K Q^T: each warpgroup owns 64 keys, P^T and dS^T leave the softmax as the register operands of
-// dV += P^T dO and dK += dS^T Q, and the weight of a key is one number per fragment row.
+// shares the key head, in a fixed order: dk and dv are sums in registers and never need atomics (a block of the last
+// round may have a share of that walk, backward_shares.cuh). Scores are computed transposed, S^T = K Q^T: each
+// warpgroup owns 64 keys, P^T and dS^T leave the softmax as the register operands of dV += P^T dO and dK += dS^T Q, and
+// the weight of a key is one number per fragment row.
 //
 // With kAccumulateDq, dS also goes through shared memory into dQ = dS K, which is added to fp32 sums in device memory:
 // five products in all, but the order of those additions varies. Without it, backward_dq.cuh computes dq on its own,
@@ -9,6 +10,7 @@
 #pragma once
 
 #include "backward_rows.cuh"
+#include "backward_shares.cuh"
 #include "pipeline.cuh"
 
 namespace weighted_attention {
@@ -17,6 +19,7 @@ struct BackwardParameters {
   Sequences sequences;
   Plan plan;  // tiles of kKeys keys
   RowWorkspace rows;
+  Parts parts;
   const float* log_weight;
   int64_t weight_stride_chunk, weight_stride_key, weight_stride_head;
   void* dk;
@@ -47,6 +50,10 @@ struct BackwardShape {
   static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
   static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
+  static constexpr int kHeldV = 2;  // steps of 16 columns of V that stay in registers
+  // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
+  // the tiles of a causal last round are its cheapest.
+  static constexpr bool kShares = kAccumulateDq && !kCausal && shares_rounds(kHeadDim);
   static constexpr int kStages = 2;
   static constexpr int kThreads = 3 * kWarpgroup;
 
@@ -60,6 +67,8 @@ struct BackwardShape {
     alignas(16) float lse[kStages][kQueries];
     alignas(16) float delta[kStages][kQueries];
     Handover<QueryRun> runs;
+    Tile tile;
+    Share share;
     bool absent[kKeys];
     Barrier kv_landed;
     Barrier q_landed[kStages], q_free[kStages], dout_landed[kStages], dout_free[kStages];
@@ -68,7 +77,7 @@ struct BackwardShape {
 };
 
 // The walk: the chunks that see a key of the tile, in each the query heads that share the key head, in each the tiles
-// of queries (under a causal mask from the diagonal on).
+// of queries (under a causal mask from the diagonal on), of these the block's share.
 template <class Shape>
 __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared, const BackwardParameters& p,
                                                  const Tile& tile, const CUtensorMap* map_q,
@@ -77,6 +86,7 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kQueries = Shape::kQueries;
   constexpr int kTileBytes = tile_bytes<T, kQueries, kHeadDim>() + kQueries * int(sizeof(float));
+  const Share share = Shape::kShares ? shared.share : Share{0, 1, -1};
   barrier_expect(&shared.kv_landed, 2 * tile_bytes<T, Shape::kKeys, kHeadDim>());
   load_tile<T, Shape::kKeys, kHeadDim>(shared.k, map_k, &shared.kv_landed, tile.head, tile.begin + tile.row);
   load_tile<T, Shape::kKeys, kHeadDim>(shared.v, map_v, &shared.kv_landed, tile.head, tile.begin + tile.row);
@@ -89,13 +99,18 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
     if (p.sequences.visible(chunk, tile.length) <= tile.row) continue;
     const int query = p.sequences.cu_seqlens_q[chunk];
     const int queries = p.sequences.cu_seqlens_q[chunk + 1] - query;
-    const int first_row = Shape::kCausal ? tile.row : 0;
-    if (first_row >= queries) continue;
+    const int diagonal = Shape::kCausal ? tile.row : 0;
+    const int steps = (queries - diagonal + kQueries - 1) / kQueries;
+    const auto cut = [&](int64_t part) { return diagonal + int(steps * part / share.parts) * kQueries; };
+    const int first_row = cut(share.part), end_row = min(queries, cut(share.part + 1));
+    if (first_row >= end_row) continue;
     for (int head = first_head; head < first_head + group; ++head) {
       const int64_t place = p.rows.row(chunk, head);
-      shared.runs.put(next, {first_row, queries, int(place / kQueries), chunk, head,
+      shared.runs.put(next, {first_row, end_row, int(place / kQueries), chunk, head,
                              p.weight_stride_head != 0 || head == first_head});
-      for (int row = first_row; row < queries; row += kQueries) {
+      // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform ones.
+#pragma unroll 2
+      for (int row = first_row; row < end_row; row += kQueries) {
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
         barrier_expect(&shared.q_landed[at.stage], kTileBytes);
         load_tile<T, kQueries, kHeadDim>(shared.q[at.stage], map_q, &shared.q_landed[at.stage], head, query + row);
@@ -165,7 +180,8 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
   constexpr int kDqColumns = padded_columns(kHeadDim);
   const float factor = p.scale * kLog2e;
   const int thread = threadIdx.x % kWarpgroup;
-  const int key = tile.row + consumer * 64 + fragment_row();  // within the sample; the second row is 8 below
+  // Of the lane, within the sample; its second row is 8 below.
+  const auto lane_key = [&] { return tile.row + consumer * 64 + fragment_row(); };
 
   // Zeros over keys that nobody sees (two threads a row).
   {
@@ -179,6 +195,12 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     }
     fence_proxy_async();
     named_sync(kConsumersBarrier, kConsumerThreads);
+  }
+
+  uint32_t held_v[Shape::kHeldV][4];
+#pragma unroll
+  for (int i = 0; i < Shape::kHeldV; ++i) {
+    load_fragment<kKeys>(held_v[i], shared_address(shared.v) + consumer * 64 * kPanelBytes, i, thread);
   }
 
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
@@ -214,7 +236,13 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     for (int i = 0; i < 2; ++i) {
       const float sum = quad_sum(weight_gradient[i]);
       if (threadIdx.x % 4 == 0 && weight[i] != minus_infinity()) {
-        p.dlog_weight[place + int64_t(8 * i) * (p.weight_stride_head != 0 ? p.heads : p.heads_kv)] = sum;
+        const int heads = p.weight_stride_head != 0 ? p.heads : p.heads_kv;
+        float* const result = p.dlog_weight + place + int64_t(8 * i) * heads;
+        if constexpr (Shape::kShares) {
+          atomicAdd(result, sum);
+        } else {
+          *result = sum;
+        }
       }
       weight_gradient[i] = 0.f;
     }
@@ -231,9 +259,11 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       if constexpr (Shape::kWeightGradient) {
         if (turn > 0) write_weight_gradient(gradient_place);
         const bool per_head = p.weight_stride_head != 0;
-        const int64_t row = tile.begin + key + (p.sequences.cu_chunks != nullptr ? int64_t(run.chunk) * p.keys : 0);
+        const int64_t chunk_begin = p.sequences.cu_chunks != nullptr ? int64_t(run.chunk) * p.keys : 0;
+        const int64_t row = chunk_begin + tile.begin + lane_key();
         gradient_place = per_head ? row * p.heads + run.head : row * p.heads_kv + tile.head;
       }
+      const int key = lane_key();
       const int visible = p.sequences.visible(run.chunk, tile.length);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -266,12 +296,15 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       zero_foreign_queries<Shape>(dout, run.queries - row);
       pin(dp);
       wgmma_fence();
-      multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(dp, v, dout, false);
+      multiply_rows_held<T, kQueries, kHeadDim, kKeys, kQueries>(dp, held_v, v, dout);
       wgmma_commit();
       wgmma_wait<1>();
       pin(scores);
       if constexpr (Shape::kCausal) {
-        if (same_in_warp(row < tile.row + consumer * 64 + 63)) mask_before<kQueries>(scores, key - row, key - row + 8);
+        if (same_in_warp(row < tile.row + consumer * 64 + 63)) {
+          const int first = lane_key() - row;
+          mask_before<kQueries>(scores, first, first + 8);
+        }
       }
 #pragma unroll
       for (int j = 0; j < kQueries / 8; ++j) {
@@ -340,13 +373,9 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     if (turn > 0) write_weight_gradient(gradient_place);
   }
 
-  T* address[2][2];
+  const int key = lane_key();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t place = (int64_t(tile.begin + key + 8 * i) * p.heads_kv + tile.head) * kHeadDim;
-    const bool exists = key + 8 * i < tile.length;
-    address[0][i] = exists ? static_cast<T*>(p.dk) + place : nullptr;
-    address[1][i] = exists ? static_cast<T*>(p.dv) + place : nullptr;
     // The rows of a key that nobody sees are 0 whatever NaN its sample's queries hold.
     if (shared.absent[key + 8 * i - tile.row]) {
 #pragma unroll
@@ -355,8 +384,14 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       }
     }
   }
-  store_fragment<T, kHeadDim>(dk, p.scale, p.scale, address[0][0], address[0][1]);
-  store_fragment<T, kHeadDim>(dv, 1.f, 1.f, address[1][0], address[1][1]);
+  if constexpr (Shape::kShares) {
+    if (shared.share.slot >= 0) {
+      visit_sums<kHeadDim>(p.parts.sums, shared.share.slot, consumer, dk, dv,
+                           [](float4& sum, const float* x) { sum = make_float4(x[0], x[1], x[2], x[3]); });
+      return;
+    }
+  }
+  store_keys<T, kHeadDim>(dk, dv, tile, key, p.heads_kv, p.scale, p.dk, p.dv);
 }
 
 template <class Shape>
@@ -367,8 +402,21 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   // Beyond the list the entry holds rubbish; read at once with the list's length, it costs no second wait.
-  const Tile tile = find_tile(p.plan, blockIdx.x, p.heads_kv, Shape::kKeys);
-  if (blockIdx.x >= *p.plan.total * p.heads_kv) return;
+  const int place = Shape::kShares ? min(blockIdx.x, gridDim.x - p.parts.most - 1) : blockIdx.x;
+  Tile tile = find_tile(p.plan, place, p.heads_kv, Shape::kKeys);
+  const int tiles = *p.plan.total * p.heads_kv;
+  Share share{0, 1, -1};
+  if constexpr (Shape::kShares) {
+    if (int(blockIdx.x) >= whole_rounds(tiles, p.parts)) {
+      const Cut cut = find_cut(p.plan, p.heads_kv, p.heads / p.heads_kv, p.parts);
+      const int number = blockIdx.x - cut.whole;
+      if (number >= cut.rest * cut.parts) return;
+      share = find_share(cut, number);
+      tile = find_tile(p.plan, cut.whole + number / cut.parts, p.heads_kv, Shape::kKeys);
+    }
+  } else {
+    if (blockIdx.x >= tiles) return;
+  }
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = kConsumerThreads / 32;
     barrier_init(&shared.kv_landed, 1);
@@ -384,16 +432,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(&shared.ds_free[i], kConsumerWarps);
     }
     barrier_init_fence();
+    if constexpr (Shape::kShares) shared.tile = tile, shared.share = share;
   }
   __syncthreads();
 
+  // A tile found in two ways is read where it is used: kept, it would fill the registers.
+  const Tile& own = Shape::kShares ? shared.tile : tile;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     registers_release<24>();
-    if (threadIdx.x == 0) backward_produce<Shape>(shared, p, tile, &map_q, &map_dout, &map_k, &map_v);
+    if (threadIdx.x == 0) backward_produce<Shape>(shared, p, own, &map_q, &map_dout, &map_k, &map_v);
   } else {
     registers_acquire<240>();
-    backward_consume<Shape>(shared, p, tile, warpgroup - 1);
+    backward_consume<Shape>(shared, p, own, warpgroup - 1);
   }
 }
 

@@ -30,6 +30,24 @@ __device__ __forceinline__ void multiply_rows(float (&d)[N / 2], uint32_t a, uin
   }
 }
 
+// multiply_rows with the first kHeld steps of A in registers, as load_fragment reads them: a product of 64 rows of
+// shared memory with 64 others reads it for as many cycles as it multiplies, with A in registers for half as many.
+template <typename T, int N, int kDepth, int kRowsA, int kRowsB, int kHeld>
+__device__ __forceinline__ void multiply_rows_held(float (&d)[N / 2], const uint32_t (&held)[kHeld][4], uint32_t a,
+                                                   uint32_t b) {
+  const uint32_t rows_a = descriptor_rows(a), rows_b = descriptor_rows(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    const int panel = k / 4, within = k % 4 * 32;
+    const uint64_t step_b = descriptor(rows_b, panel * kRowsB * kPanelBytes + within);
+    if (k < kHeld) {
+      Wgmma<T, N>::template registers<0>(d, held[k][0], held[k][1], held[k][2], held[k][3], step_b, k > 0);
+    } else {
+      Wgmma<T, N>::template shared<0, 0>(d, descriptor(rows_a, panel * kRowsA * kPanelBytes + within), step_b, k > 0);
+    }
+  }
+}
+
 // d (64 x N) += A (64 x kDepth, packed fragments) * B (kDepth rows, N columns).
 template <typename T, int N, int kDepth, int kRowsB>
 __device__ __forceinline__ void multiply_fragments(float (&d)[N / 2], const uint32_t (&a)[kDepth / 4], uint32_t b,

@@ -29,6 +29,7 @@ def main():
     walks = {
         "full": (few, few, {}),
         "many": (many, many, {}),
+        "parts": ([1100, 64], [129, 64], {}),  # backward: so many queries that blocks share a tile of keys
         "causal": (few, few, {"causal": True}),
         "chunks": (
             chunks,
@@ -39,7 +40,7 @@ def main():
     for dim in (64, 128):
         for name, (lengths_q, lengths_k, masks) in walks.items():
             heads, heads_kv, tokens = 2, 1, sum(lengths_k)
-            q, dout = (torch.randn(tokens, heads, dim, device="cuda").bfloat16() for _ in range(2))
+            q, dout = (torch.randn(sum(lengths_q), heads, dim, device="cuda").bfloat16() for _ in range(2))
             k, v = (torch.randn(tokens, heads_kv, dim, device="cuda").bfloat16() for _ in range(2))
             shape = (len(lengths_q), tokens) if "cu_chunks" in masks else (tokens,)
             weight = torch.rand(shape, device="cuda").log()
