@@ -30,7 +30,7 @@ struct Sums {
   const int64_t* offsets;
   void* to;                // (table, width) of T
   float* pieces;           // (blocks, 2, width): of the rows that began before a block, and of those that go on after it
-  int keys, table;
+  int keys, table;         // keys: places there are; those behind the last row's members are nobody's
   int width;               // a multiple of 4
   bool skip_lone;          // rows with one member are written already
 
@@ -67,7 +67,7 @@ template <typename T>
 __global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s) {
   __shared__ float4 shared[kSumWarps][2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_first = blockIdx.x * kSumPlaces, block_end = min(s.keys, block_first + kSumPlaces);
+  const int block_first = blockIdx.x * kSumPlaces, block_end = min(int(s.offsets[s.table]), block_first + kSumPlaces);
   const int first = block_first + warp * 32, end = min(block_end, first + 32), place = first + lane;
   T* const to = static_cast<T*>(s.to);
   int member = 0;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s
 template <typename T>
 __global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int joining) {
   if (int(blockIdx.x) >= joining) return zero_empty_rows<T>(s, blockIdx.x - joining);
-  const int blocks = (s.keys + kSumPlaces - 1) / kSumPlaces;
+  const int blocks = (int(s.offsets[s.table]) + kSumPlaces - 1) / kSumPlaces;
   const int block = blockIdx.x * kSumWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block + 1 >= blocks) return;
   const Segment segment(s, int(s.order[(block + 1) * kSumPlaces - 1]));
