@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "backward.cuh"
+#include "coefficients.cuh"
 #include "combine.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
@@ -92,11 +93,13 @@ cudaError_t launch_weights(const BackwardParameters& parameters, cudaStream_t st
 
 template <typename T, int kDim, bool kOneTable>
 cudaError_t launch_combined(const BackwardParameters& parameters, cudaStream_t stream) {
+  // A Hopper multiprocessor's 228 KB take two blocks, each with 1 KB of its own: with one the pass takes half as long again.
+  static_assert(kDim > 128 || sizeof(BackwardShared<CoefficientWorker<T, kDim, true>>) <= (228 << 10) / 2 - (1 << 10));
   if constexpr (!kOneTable) return cudaErrorInvalidValue;
   else
     return is_plain(parameters.p) && parameters.g.dweight == nullptr
-               ? launch<MmaBackward<T, kDim, 1, true, true, true>>(parameters, stream)
-               : launch<MmaBackward<T, kDim, 1, true, false, true>>(parameters, stream);
+               ? launch<CoefficientWorker<T, kDim, true>>(parameters, stream)
+               : launch<CoefficientWorker<T, kDim, false>>(parameters, stream);
 }
 
 // Of a block with kGroups * 16 query rows at a time.

@@ -1,6 +1,7 @@
-// Backward, first pass: as forward, a block takes a chunk of a sample's keys. It recomputes the scores, adds up dq, and writes
-// what the second pass needs of each key. Where a sample has few query rows that are coefficients (combine.cuh). Else it is what the key's rows receive from the queries of this sample: straight into the gradient of a table row that has no other
-// member, otherwise as float32 to be added up, member by member (rows.cuh). No sum depends on timing.
+// Backward, first pass: as forward, a block takes a chunk of a sample's keys. It recomputes the scores, adds up dq, and writes what the second
+// pass needs of each key: what its row receives from the queries of this sample, straight into the gradient of a table row that has no other
+// member, otherwise as float32 to be added up, member by member (rows.cuh). Where a sample has few query rows it is coefficients
+// (coefficients.cuh). No sum depends on timing.
 #pragma once
 
 #include "mma.cuh"
@@ -101,19 +102,22 @@ struct RowWriter {
 
 template <class Shape, int kRows>
 struct QueryTile {
-  alignas(16) typename Shape::T q[kRows * Shape::kStride], dout[kRows * Shape::kStride];
+  alignas(16) typename Shape::T rows[2 * kRows * Shape::kStride];  // of q, then of dout
   float lse[kRows], delta[kRows];  // as pair_gradient wants them
 
-  __device__ void load(const BackwardParameters& b, const QueryRows& rows, int first) {
+  __device__ const typename Shape::T* q() const { return rows; }
+  __device__ const typename Shape::T* dout() const { return rows + kRows * Shape::kStride; }
+
+  __device__ void load(const BackwardParameters& b, const QueryRows& of, int first) {
     using T = typename Shape::T;
-    load_queries<T, kRows, Shape::kDim, Shape::kStride>(q, b.p.q, b.p, rows, first);
-    load_queries<T, kRows, Shape::kDim, Shape::kStride>(dout, b.g.dout, b.p, rows, first);
+    load_queries<T, kRows, Shape::kDim, Shape::kStride>(rows, b.p.q, b.p, of, first);
+    load_queries<T, kRows, Shape::kDim, Shape::kStride>(rows + kRows * Shape::kStride, b.g.dout, b.p, of, first);
     if (b.p.normaliser != Normaliser::kSoftmax) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int r = warp; r < kRows; r += kWarps) {
       float sum = 0.f, log_sum = CUDART_INF_F;  // +inf: every probability of a row that is not there is 0
-      if (first + r < rows.count) {
-        const int64_t at = rows.index(b.p, first + r);
+      if (first + r < of.count) {
+        const int64_t at = of.index(b.p, first + r);
         const T* o = static_cast<const T*>(b.g.out) + at * b.p.head_dim;
         const T* d = static_cast<const T*>(b.g.dout) + at * b.p.head_dim;
         for (int c = lane; c < b.p.head_dim; c += 32) sum += widen(o[c]) * widen(d[c]);
@@ -127,25 +131,22 @@ struct QueryTile {
   }
 };
 
-// kPlain: is_plain, and no gradient of weights. kCombines: what is left for the second pass are records.
-template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain, bool kCombines = false>
+// kPlain: is_plain, and no gradient of weights.
+template <typename T, int kDim, int kGroups, bool kOneTable, bool kPlain>
 class MmaBackward {
   static constexpr bool kWide = sizeof(T) == 4;
-  static_assert(!kCombines || (kGroups == 1 && kOneTable));
 
  public:
-  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16,
-                          kCombines && kDim * int(sizeof(T)) <= 256 ? 3 : 2, kOneTable, !kCombines>;
+  using Shape = TileShape<T, kDim, !kWide && kDim * kGroups*(kOneTable ? 1 : 2) <= 128 ? 32 : 16, 2, kOneTable, true>;
   static constexpr int kRows = 16 * kGroups, kBlocks = 2;
   static constexpr int kTile = Shape::kTile, kStride = Shape::kStride, kCoefficients = kTile + (kWide ? 4 : 8);
   struct Scratch {
-    static constexpr int kSize = kCombines ? 8 : kRows * kCoefficients;
-    alignas(16) T p[kSize], ds[kSize];  // (query rows, keys)
+    alignas(16) T p[kRows * kCoefficients], ds[kRows * kCoefficients];  // (query rows, keys)
   };
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
-                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int sample, int head_kv)
-      : b_(b), rows_(rows), sample_(sample), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
+                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int, int head_kv)
+      : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
         writer_{b, head_kv, first > 0} {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
@@ -157,8 +158,8 @@ class MmaBackward {
 
   __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
     float p[kGroups][kTile / 8][4], ds[kGroups][kTile / 8][4];
-    score<Shape, kGroups>(p, tile_.q, stage.k());
-    score<Shape, kGroups>(ds, tile_.dout, stage.v());
+    score<Shape, kGroups>(p, tile_.q(), stage.k());
+    score<Shape, kGroups>(ds, tile_.dout(), stage.v());
     uint32_t absent = ~0u;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
@@ -179,7 +180,6 @@ class MmaBackward {
         }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     accumulate<Shape, kGroups>(dq_, ds, stage.k());
-    if constexpr (kCombines) return record(p[0], ds[0], key, keys_left);
     hand_over(p, scratch_.p);
     hand_over(ds, scratch_.ds);
     __syncwarp();
@@ -189,20 +189,6 @@ class MmaBackward {
   __device__ void store(float* dq) { store_sums<T, kDim, kGroups>(dq, dq_); }
 
  private:
-  // Of the tile's keys. Up to 8 query rows lie in the first half of each accumulator.
-  __device__ void record(const float (&p)[kTile / 8][4], const float (&ds)[kTile / 8][4], int key, int keys_left) {
-    const int lane = threadIdx.x % 32, row = row_of(0), pairs = record_pairs(b_.row_slots);
-    if (writer_.head_kv == 0 && lane < keys_left) b_.records.samples[key + lane] = sample_;
-    if (row >= b_.row_slots) return;
-#pragma unroll
-    for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (const int column = column_of(n, i); column < keys_left)
-          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + writer_.head_kv) * pairs + row] =
-              make_float2(ds[n][i], p[n][i]);
-  }
-
   using Place = typename RowWriter<Shape>::Place;
   static constexpr int kTables = kOneTable ? 1 : 2;
 
@@ -245,8 +231,8 @@ class MmaBackward {
 #pragma unroll
       for (int r = 0; r < kRows; r += 8) {
         const int row = r + lane % 4 * 2, from = row * kStride + d + lane / 4 * 4;
-        add_product(dk, scratch_.ds + row * kCoefficients, tile_.q + from);
-        add_product(values, scratch_.p + row * kCoefficients, tile_.dout + from);
+        add_product(dk, scratch_.ds + row * kCoefficients, tile_.q() + from);
+        add_product(values, scratch_.p + row * kCoefficients, tile_.dout() + from);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -299,8 +285,8 @@ class MmaBackward {
       auto& values = kOneTable ? dk : dv;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const Fragment q = load_transposed(tile_.q + from + g * 16 * kStride + d);
-        const Fragment dout = load_transposed(tile_.dout + from + g * 16 * kStride + d);
+        const Fragment q = load_transposed(tile_.q() + from + g * 16 * kStride + d);
+        const Fragment dout = load_transposed(tile_.dout() + from + g * 16 * kStride + d);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -325,7 +311,7 @@ class MmaBackward {
 
   const BackwardParameters& b_;
   const QueryRows& rows_;
-  int sample_, first_;
+  int first_;
   const QueryTile<Shape, kRows>& tile_;
   Scratch& scratch_;
   PairWeights<Shape, kGroups> weights_;

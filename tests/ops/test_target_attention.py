@@ -389,6 +389,23 @@ def test_many_query_rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3, 4, 7])
+@pytest.mark.parametrize("sick", [0, 2])
+def test_nan_of_a_query_stays_with_its_samples_keys(device: str, dtype: torch.dtype, heads: int, sick: int) -> None:
+    """With few query rows CUDA adds up gradients from all samples' queries side by side: none may be multiplied by another's 0."""
+    case = draw(device, [1, 1, 1], [37, 20, 41], table=60, dtype=dtype, heads=heads)
+    clean = run(case)
+    case.q[sick] = torch.nan
+    dirty = run(case)
+    named = torch.zeros(60, dtype=torch.bool, device=device)
+    named[case.rows[torch.repeat_interleave(torch.arange(3), torch.tensor(case.lengths_k)).to(device) == sick]] = True
+    assert named.any() and not named.all()
+    assert dirty["dk"][named].isnan().all() and torch.equal(dirty["dk"][~named], clean["dk"][~named])
+    healthy = [b for b in range(3) if b != sick]
+    assert dirty["dq"][sick].isnan().all() and torch.equal(dirty["dq"][healthy], clean["dq"][healthy])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads_kv", [1, 2])
 def test_targets_with_cutoffs(device: str, dtype: torch.dtype, heads_kv: int) -> None:
     """Later targets see more keys, so that warps of different targets disagree about which are there; none sees the NaN."""
