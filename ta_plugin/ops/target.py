@@ -219,6 +219,7 @@ def _gradients(
     weight, q_chunk = tensors[9:11]
     need_dweight = need_dweight and weight is not None
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    tensors[0] = tensors[0].contiguous()  # a copy that the operator made would be gone before `sums` has read it
     dq, dk, dv, dpairs, scratch = TARGET_ATTENTION_BACKWARD(
         dout,
         dlse if ctx.normaliser == "softmax" else None,
@@ -262,7 +263,7 @@ def attend(
     if isinstance(rows, Segments):
         return TARGET_ATTENTION(q, k_table, v_table, rows.index, None, rows.order, rows.offsets, *rest)
     segments = rows.segments
-    inputs = (q.contiguous(), k_table, v_table, rows.rows, segments.index, segments.order, segments.offsets, *rest)
+    inputs = (q, k_table, v_table, rows.rows, segments.index, segments.order, segments.offsets, *rest)
     if rows.record is None:
         return TARGET_ATTENTION(*inputs)
     anchor = torch.empty(0, device=q.device, requires_grad=True)  # backward runs also where q needs no gradient
