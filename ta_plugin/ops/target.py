@@ -220,6 +220,7 @@ def _gradients(
     weight, q_chunk = tensors[9:11]
     need_dweight = need_dweight and weight is not None
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    tensors[0] = tensors[0].contiguous()  # a copy that the operator made would be gone before `sums` has read it
     dq, dk, dv, dpairs, scratch = TARGET_ATTENTION_BACKWARD(
         dout,
         dlse if ctx.normaliser == "softmax" else None,
@@ -266,7 +267,7 @@ def attend(
     segments = rows.segments
     if rows.record is None:
         return TARGET_ATTENTION(q, k_table, v_table, rows.rows, segments.index, *segments.grouped_for(*tensors), *rest)
-    inputs = (q.contiguous(), k_table, v_table, rows.rows, segments.index, *segments.grouped, *rest)
+    inputs = (q, k_table, v_table, rows.rows, segments.index, *segments.grouped, *rest)
     anchor = torch.empty(0, device=q.device, requires_grad=True)  # backward runs also where q needs no gradient
     return _InPlace.apply(anchor, rows, *inputs)
 
