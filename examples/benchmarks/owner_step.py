@@ -46,23 +46,24 @@ class Rows(nn.Module):
     def __init__(self, vocab: int, dim: int, group: SSPGroup, dtype: torch.dtype) -> None:
         super().__init__()
         self.vocab_size, self.embedding_dim, self.owners = vocab, dim, PermutedRows(vocab, group.size)
-        first = group.rank * self.owners.rows_per_rank
+        self.rank = group.rank
+        first, last = self.owners.shard(group.rank)
         generator = torch.Generator(group.device).manual_seed(0)
         whole = torch.randn(vocab, dim, device=group.device, dtype=dtype, generator=generator) * dim**-0.5
-        self.rows = whole[first : first + self.owners.rows_per_rank].clone()
+        self.rows = whole[first:last].clone()
         self.recorded: list[tuple[Tensor, Tensor]] = []
 
     def owner_of(self, ids: Tensor) -> Tensor:
         return self.owners.owner_of(ids)
 
     def in_place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rows, self.owners.local_row(ids)
+        return self.rows, self.owners.local_row(ids, self.rank, other=0)
 
     def record(self, rows: Tensor, grad: Tensor) -> None:
         self.recorded.append((rows, grad))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _Look.apply(torch.empty(0, device=ids.device, requires_grad=True), self.owners.local_row(ids), self)
+        return _Look.apply(torch.empty(0, device=ids.device, requires_grad=True), self.in_place(ids)[1], self)
 
 
 class _Look(torch.autograd.Function):
