@@ -144,17 +144,17 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[N / 4], const 
   for (int i = 0; i < N / 4; ++i) packed[i] = pack<T>(d[2 * i], d[2 * i + 1]);
 }
 
-// Writes zeros over 16 bytes of a row of a tile of kRows.
+// Writes zeros over 16 bytes of a row of a tile of kRows, by place and not by column.
 template <int kRows>
 __device__ __forceinline__ void zero_chunk(uint32_t tile, int row, int chunk) {
   const uint32_t address = tile + (chunk / 8 * kRows + row) * kPanelBytes + chunk % 8 * 16;
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
-// Writes zeros over rows [begin, end) of a tile of kRows x kColumns.
+// Writes zeros over rows [begin, end) of a tile of kRows x kColumns: over whole panels, within which the order of chunks differs by row.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void zero_rows(uint32_t tile, int begin, int end, int thread, int threads) {
-  constexpr int kChunks = kColumns / 8;  // of 16 bytes, a row
+  constexpr int kChunks = padded_columns(kColumns) / 8;  // of 16 bytes, a row
   for (int i = begin * kChunks + thread; i < end * kChunks; i += threads) {
     zero_chunk<kRows>(tile, i / kChunks, i % kChunks);
   }

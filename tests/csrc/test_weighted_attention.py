@@ -36,7 +36,7 @@ def test_long(dim, deterministic):
 
 @pytest.mark.parametrize("deterministic", [True, False], ids=["repeatable", "atomic"])
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per_head"])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128])
 def test_nan_stays_at_home(dim, per_head, deterministic):
     q, k, v, w, dout, dlse = make_inputs(RAGGED_Q, RAGGED_K, 4, 2, dim, torch.bfloat16, (4,) if per_head else ())
     absent = torch.rand(len(k), device="cuda") < 0.1
