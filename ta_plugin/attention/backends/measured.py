@@ -1,7 +1,7 @@
 """How fast the GPU backends were measured: what `choose` ranks them by.
 
 TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36
-(csrc/NOTES.md). Ours and flash-attn-4 without weights: one call on an H100, in turns (forward 10, backward 7).
+(csrc/weighted_attention/NOTES.md). Ours and flash-attn-4 without weights: one call on an H100, in turns (forward 10, backward 7).
 flash-attn-4 with weights at 16k, and FlexAttention: one H200, at one length each, taken for all. `gpu` says so for each.
 """
 
