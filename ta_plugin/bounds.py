@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ta_plugin.beside import Beside
 from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.parallel import SSPGroup, exchange_header
 from ta_plugin.unique_space import UniqueSpace
-
-if TYPE_CHECKING:
-    from ta_plugin.strategies.beside import Beside
 
 _INT64 = torch.iinfo(torch.int64)
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ta_plugin.beside import Beside
 from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import ShardedTokenEmbedding
 from ta_plugin.parallel import SSPGroup, exchange_header
-from ta_plugin.strategies.beside import Beside
 
 
 class CapturedStep:

@@ -13,12 +13,12 @@ from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.projections import HeadProjections
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
+from ta_plugin.beside import Beside
 from ta_plugin.bounds import Bounds
 from ta_plugin.embedding import EmbeddingFn, embed_owned, lookup, owners_of
 from ta_plugin.ops import Segments, expand
 from ta_plugin.parallel import SSPGroup
 from ta_plugin.routing import Route
-from ta_plugin.strategies.beside import Beside
 from ta_plugin.strategies.cost import Rates
 from ta_plugin.strategies.in_place import read_rows
 from ta_plugin.unique_space import UniqueSpace

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention
+from ta_plugin.beside import Beside
 from ta_plugin.embedding import SharedEmbedding
 from ta_plugin.ops import load_op
-from ta_plugin.strategies.beside import Beside
 
 B, L, T, V, E, H = 4, 30, 2, 60, 64, 2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]

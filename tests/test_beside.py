@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ta_plugin.strategies.beside import Beside
+from ta_plugin.beside import Beside
 
 
 def test_in_line_where_nothing_is_captured() -> None:
