@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.checks import check_cutoffs, check_grid, check_lengths, check_queries, check_side, check_tokens
-from ta_plugin.strategies.request import AttentionModules, Encoder
+from ta_plugin.strategies.modules import AttentionModules
+from ta_plugin.strategies.request import Encoder
 
 OPTIONAL = ("targets", "queries", "target_lengths", "target_cutoffs", "bias", "value_term", "multiplier", "encode")
 

@@ -14,9 +14,10 @@ from ta_plugin.strategies.cost import (
 )
 from ta_plugin.strategies.gather import gather
 from ta_plugin.strategies.halo import Halo
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.strategies.owned import OwnedRows
 from ta_plugin.strategies.owner import owner
-from ta_plugin.strategies.request import AttentionModules, Request, fetch
+from ta_plugin.strategies.request import Request, fetch
 from ta_plugin.strategies.ring import ring, ring_attention, row_attention
 
 __all__ = [

@@ -18,8 +18,9 @@ from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_
 from ta_plugin.parallel.collectives import Arrived, Moving
 from ta_plugin.routing import BoundedRoute, bounds_of
 from ta_plugin.strategies.in_place import OwnedTable, read_rows
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.strategies.partial import Keys, attend_targets
-from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.strategies.request import Request
 from ta_plugin.unique_space import UniqueSpace
 
 _NO_ID = torch.iinfo(torch.int64).max

@@ -7,8 +7,9 @@ from torch import Tensor
 from ta_plugin.attention.layers import attend_rows, with_own_key
 from ta_plugin.attention.sides import RowWeights
 from ta_plugin.ops import expand
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
-from ta_plugin.strategies.request import AttentionModules, Request, fetch
+from ta_plugin.strategies.request import Request, fetch
 
 
 def gather(request: Request, modules: AttentionModules) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch import Tensor
 from ta_plugin.embedding import embed_owned
 from ta_plugin.ops import Segments, segment_sum
 from ta_plugin.ops.target import RowsInPlace
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.unique_space import UniqueSpace
-
-if TYPE_CHECKING:
-    from ta_plugin.strategies.request import AttentionModules
 
 Record = Callable[..., None]
 

@@ -18,8 +18,9 @@ from ta_plugin.parallel import (
 )
 from ta_plugin.routing import Route, rfc_positions
 from ta_plugin.strategies.bounded_owner import bounded_owner
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.strategies.partial import Cutoffs, Keys, attend_targets
-from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.strategies.request import Request
 from ta_plugin.strategies.ring import own
 from ta_plugin.unique_space import UniqueSpace
 

@@ -16,7 +16,7 @@ from ta_plugin.attention.target import choose_target, target_attention
 from ta_plugin.ops import Segments, expand
 from ta_plugin.ops.target import RowsInPlace
 from ta_plugin.strategies.in_place import OwnedTable
-from ta_plugin.strategies.request import AttentionModules
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.unique_space import UniqueSpace
 
 

@@ -18,8 +18,9 @@ from ta_plugin.embedding import embed_owned, owners_of
 from ta_plugin.ops import Segments, expand
 from ta_plugin.parallel import Hop, all_gather_rows
 from ta_plugin.strategies.cost import Rates, circulates
+from ta_plugin.strategies.modules import AttentionModules
 from ta_plugin.strategies.owned import OwnedRows
-from ta_plugin.strategies.request import AttentionModules, Request
+from ta_plugin.strategies.request import Request
 from ta_plugin.unique_space import UniqueSpace
 
 Exchange = Literal["ring", "all_gather"]
