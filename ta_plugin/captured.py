@@ -82,7 +82,7 @@ class CapturedStep:
     @contextmanager
     def _lasting_branches(self) -> Iterator[None]:
         """Inside, what a module's forward does beside the rest may go on beside backward; joined here where no backward came."""
-        beside = Beside(torch.device("cuda", torch.cuda.current_device()), lasts=True)
+        beside = Beside(torch.device("cuda"), lasts=True)
         for bounds in self._bounds:
             bounds.beside = beside
         try:
