@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -54,16 +54,14 @@ class Beside:
         self._late.add(name)
         return self._branches[name].cuda_stream
 
-    def so_far(self, name: str) -> Callable[[], None]:
-        """What waits for all that was done on a branch until now."""
-        if name not in self._branches:
-            return lambda: None
-        reached = self._branches[name].record_event()
-        return lambda: torch.cuda.current_stream(self._device).wait_event(reached)
+    def wait(self, name: str) -> None:
+        """Wait for what was done on a branch until now, if there is one."""
+        if name in self._branches:
+            torch.cuda.current_stream(self._device).wait_stream(self._branches[name])
 
     def join(self) -> None:
         for name in self._branches.keys() - self._late:
-            torch.cuda.current_stream(self._device).wait_stream(self._branches[name])
+            self.wait(name)
             self._kept.pop(name, None)
 
     def end(self) -> None:

@@ -12,22 +12,19 @@ def check_tensor(name: str, x: object) -> None:
         raise ValueError(f"{name} is a {type(x).__name__}; pass a tensor (`torch.as_tensor({name})`)")
 
 
-def check_int64(name: str, x: Tensor, dim: int) -> None:
-    """A tensor of int64 with `dim` dimensions."""
+def check_int64(name: str, x: Tensor, dim: int, shape: str | None = None) -> None:
+    """A tensor of int64 with `dim` dimensions; `shape` says which."""
     check_tensor(name, x)
     if x.dtype != torch.int64:
         raise ValueError(f"{name} is {x.dtype}; pass int64 (`{name}.long()`)")
     if x.dim() != dim:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {dim} dimension{'s' if dim > 1 else ''}")
+        wanted = shape or f"{dim} dimension{'s' if dim > 1 else ''}"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {wanted}")
 
 
 def check_grid(name: str, tokens: Tensor, device: torch.device) -> None:
     """Something (B, L) int64 on `device`."""
-    check_tensor(name, tokens)
-    if tokens.dtype != torch.int64:
-        raise ValueError(f"{name} is {tokens.dtype}; pass int64 (`{name}.long()`)")
-    if tokens.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tokens.shape)}; pass (batch_size, length)")
+    check_int64(name, tokens, 2, "(batch_size, length)")
     if tokens.device.type != device.type:
         raise ValueError(
             f"{name} is on {tokens.device}, the group exchanges on {device}; move it with `{name}.to('{device}')`"

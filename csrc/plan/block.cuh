@@ -2,9 +2,8 @@
 // 1. A hash table of positions, two to a word, finds one occurrence of each token; tokens are compared by 32-bit fingerprints, which
 // are the tokens themselves where they fit. 2. The smallest position of each wins, so the race for slots leaves no trace, and
 // first occurrences are numbered. 3. Occurrences are counted by row and, where they are to be grouped, put where their row begins, in any
-// order. 4. Rows of up to 32
-// occurrences are put in order by counting, longer ones by a bitmap of positions. The rows of earlier samples are found by decoupled
-// look-back (Merrill and Garland 2016).
+// order. 4. Rows of up to 32 occurrences are put in order by counting, longer ones by a bitmap of positions. The rows of earlier samples
+// are found by decoupled look-back (Merrill and Garland 2016).
 #pragma once
 
 #include "common.cuh"

@@ -84,9 +84,8 @@ class SSPTokenEmbedding(nn.Module):
 
     def owned_rows(self, ids: Tensor) -> Tensor:
         """Rows (n, hidden / TP) of global ids (n,) that this rank owns, each once."""
-        rows = self.owners.local_row(
-            ids, self.group.rank, other=self.weight.shape[0]
-        )  # which has no such row, and raises
+        # a row that there is not, so that an id of another rank raises
+        rows = self.owners.local_row(ids, self.group.rank, other=self.weight.shape[0])
         return self.weight.index_select(0, rows)
 
     def load_dense(self, table: Tensor) -> None:

@@ -40,7 +40,7 @@ class OwnedTable:
 
     @cached_property
     def looked_up(self) -> Tensor:
-        self.modules.beside.so_far("keys")()
+        self.modules.beside.wait("keys")
         distinct, bounds = self.distinct, self.modules.bounds
         return embed_owned((distinct if bounds is None else bounds.owned(distinct)).tokens, self.modules.embedding_fn)
 

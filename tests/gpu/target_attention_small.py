@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
-from test_target_attention import draw, run
+from target_attention_cases import draw, run
 
 SHAPES = [(1, 1, 4), (2, 2, 4), (2, 1, 4), (9, 1, 4), (2, 1, 8), (5, 1, 8)]  # targets, kv heads, heads
 
