@@ -74,6 +74,22 @@ def test_what_was_built_ahead_of_time_is_used(tmp_path: Path) -> None:
     assert in_fresh_python(SUM + code).split("\n")[:2] == ["[7.0, 7.0] True", "compiled fallback"]
 
 
+def test_what_was_built_for_another_torch_is_left_out_and_named(tmp_path: Path) -> None:
+    (tmp_path / "ta_cpu_op.py").write_text(
+        "raise ImportError('undefined symbol: _ZN3c105Error', path='here/ta_cpu_op.so')\n"
+    )
+    code = (
+        f"import ta_plugin.ops; ta_plugin.ops.__path__.append({str(tmp_path)!r}); warnings.simplefilter('default')\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    print(segment_sum(torch.ones(3, 1), segments).flatten().tolist(), is_compiled('segment_sum', 'cpu'))\n"
+        "print(len(said), said[0].message)"
+    )
+    value, warning = in_fresh_python(SUM + code).splitlines()
+    assert value == "[1.0, 2.0] False"
+    assert warning.startswith(f"1 here/ta_cpu_op.so was built for another torch than {torch.__version__}")
+    assert "DS_BUILD_TA_CPU=1 python setup.py build_ext --inplace" in warning
+
+
 def test_every_operator_has_a_kernel_for_both_devices() -> None:
     for device in ("cpu", "cuda"):
         listed = [name for spec in op_specs() if spec.device == device for name in spec.operators]

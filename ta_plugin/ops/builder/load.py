@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ta_plugin.ops.builder.specs import OpSpec, spec_of
 
 
@@ -54,12 +56,20 @@ _NO_DEEPSPEED = (
 
 
 def prebuilt(spec: OpSpec) -> Any | None:
-    """An extension that setup.py built, imported, which registers its operators; None where there is none."""
+    """An extension that setup.py built, imported, which registers its operators; None where there is none that loads here, with a
+    warning where there is one."""
     try:
         return importlib.import_module(spec.module)
     except ModuleNotFoundError as error:
         if error.name != spec.module:  # something it imports is missing, not the extension itself
             raise
+        return None
+    except ImportError as error:  # symbols that this torch does not have
+        warnings.warn(
+            f"{error.path or spec.module} was built for another torch than {torch.__version__} and is left out ({error}); build it "
+            f"again ({spec.build_variable}=1 python setup.py build_ext --inplace, or pip install again) or delete it",
+            stacklevel=2,
+        )
         return None
 
 
