@@ -111,7 +111,7 @@ def read_atomic(path: str | PathLike[str], columns: Sequence[str] | None = None)
 
 def _open(path: str | PathLike[str]) -> BinaryIO:
     if not Path(path).is_file():
-        raise ValueError(f"path={str(path)!r} is not a file; pass the path of an atomic file (.inter, .item or .user)")
+        raise ValueError(f"{path} is not a file; pass the path of an atomic file (.inter, .item or .user)")
     return open(path, "rb")
 
 
