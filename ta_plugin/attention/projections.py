@@ -208,14 +208,14 @@ def with_one(rows: Tensor, spare: int = 0) -> Tensor:
     return (F.pad(whole, (0, spare)) if spare else whole).unsqueeze(1)
 
 
-def one_dtype(q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Queries and values (None: the keys) in the keys' dtype: cast under autocast, ValueError elsewhere where they differ."""
-    if q.dtype == k.dtype and (v is None or v.dtype == k.dtype):
-        return q, v
+def one_dtype(q: Tensor, k: Tensor, *v: Tensor) -> tuple[Tensor, ...]:
+    """Queries, and values if given, in the keys' dtype: cast under autocast, ValueError elsewhere where they differ."""
+    if all(x.dtype == k.dtype for x in (q, *v)):
+        return q, *v
     if not torch.is_autocast_enabled(q.device.type):
-        found = f"queries are {q.dtype}, keys {k.dtype}" + ("" if v is None else f", values {v.dtype}")
+        found = f"queries are {q.dtype}, keys {k.dtype}" + "".join(f", values {x.dtype}" for x in v)
         raise ValueError(f"{found}; cast them to one dtype, or run under torch.autocast")
-    return q.to(k.dtype), None if v is None else v.to(k.dtype)
+    return tuple(x.to(k.dtype) for x in (q, *v))
 
 
 def as_heads(rows: Tensor, num_heads: int, name: str) -> Tensor:

@@ -125,7 +125,7 @@ def _attend_embeddings(
     owned = keys.source if isinstance(keys.source, OwnedTable) else None
     if owned is not None and owned.in_place is not None:
         table, rows = as_heads(owned.in_place[0], heads, "embedding"), owned.in_place[1]
-        q, _ = one_dtype(q, table, None)
+        (q,) = one_dtype(q, table)
         if _gathers(scoring, q, table, None, keys, cutoffs):
             return _attend(scoring, q, targets, table, None, keys, cutoffs, rows)
     return _attend(scoring, q, targets, as_heads(keys.table, heads, "embedding"), None, keys, cutoffs)
@@ -146,7 +146,8 @@ def _attend(
     rows: of a table that is read in place, where a kernel covers the call
     """
     space = keys.space
-    q, v_table = one_dtype(q, k_table, v_table)
+    q, *values = one_dtype(q, k_table, *([] if v_table is None else [v_table]))
+    v_table = values[0] if values else None
     if rows is not None or _gathers(scoring, q, k_table, v_table, keys, cutoffs):
         weight, q_chunk = keys.weights.weight, None
         if cutoffs is not None:
