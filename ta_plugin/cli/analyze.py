@@ -90,6 +90,7 @@ def show(found: list[Repeats], name: str) -> None:
     console.print(table)
     console.print(
         "How many times fewer: query-key pairs of bidirectional self-attention and of target attention, and rows looked up for all samples "
-        "together. L/U: occurrences over distinct tokens of a sample. Time falls by less: short samples, and L/U near 1, gain nothing "
+        "together. L/U: occurrences over distinct tokens of a sample, which has at most the length's tokens. Time falls by less: short "
+        "samples, and L/U near 1, gain nothing "
         "(examples/benchmarks/README.md)."
     )

@@ -120,6 +120,8 @@ def _parse_header(line: bytes, path: Path) -> dict[str, str]:
         text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"line 1 of {path} is not UTF-8 ({error}); save the file as UTF-8") from None
+    if not text:
+        raise ValueError(f"line 1 of {path} is empty; an atomic file starts with tab-separated name:type fields")
     types: dict[str, str] = {}
     for field in text.split("\t"):
         name, colon, kind = field.rpartition(":")

@@ -93,7 +93,8 @@ SMALL = "user_id:token\titem_id:token\ttimestamp:float\n" + "a\tx\t1\n"
         (SMALL, ["--item", "none.item"], "none.item is not a file"),
         (SMALL, ["--length", "0"], "Invalid value for '--length'"),
         (SMALL.splitlines()[0], [], "holds no interactions"),
-        ("", [], "starts with tab-separated name:type fields"),
+        ("", [], "line 1 of"),
+        ("", [], "is empty; an atomic file starts with tab-separated name:type fields"),
     ],
 )
 def test_mistakes_are_named_by_the_options_typed(content: str, arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -104,9 +105,12 @@ def test_mistakes_are_named_by_the_options_typed(content: str, arguments: list[s
 
 
 def test_files_that_are_no_arrays(tmp_path: Path) -> None:
-    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "text.npy").write_bytes(b"1 2 3")
     (tmp_path / "ids.bin").write_bytes(b"1234")
-    assert "is no array as numpy.save writes it" in refused(tmp_path / "empty.npy")
+    assert "is no array as numpy.save writes it" in refused(tmp_path / "text.npy")
+    for name in ("empty.npy", "empty.bin"):
+        (tmp_path / name).touch()
+        assert f"{name} is empty" in refused(tmp_path / name)
     assert "dtype is 'int33'" in refused(tmp_path / "ids.bin", "--dtype", "int33")
 
 
