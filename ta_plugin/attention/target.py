@@ -157,8 +157,6 @@ def choose_target(
 def _limit(q: Tensor, k_table: Tensor, v_table: Tensor | None, activation: Activation | None) -> str | None:
     """What the kernels do not cover, or None."""
     width, limit = q.shape[2], 256 if q.dtype == torch.bfloat16 or v_table is None else 128
-    if any(t is not None and t.dtype != q.dtype for t in (k_table, v_table)):
-        return f"needs the tables in q's dtype, {q.dtype}"
     if v_table is not None and v_table.shape != k_table.shape:
         return "needs equal head dims for keys and values"
     if activation is not None and not _is_silu(activation):
