@@ -25,6 +25,14 @@ case " $* " in
   *" --help "*) exec "$VENV/bin/python" -W ignore "$script" --help ;;  # once, not by every process
 esac
 
+previous=
+for given in "$@"; do  # before torchrun, whose report would bury the message
+  case "$previous" in
+    --inter | --item) [ -f "$given" ] || { echo "$previous: $given is not a file; pass a RecBole atomic file" >&2; exit 2; } ;;
+  esac
+  previous=$given
+done
+
 options=()
 case " $* " in
   *" --inter "*) ;;

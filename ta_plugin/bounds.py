@@ -141,6 +141,12 @@ class Bounds:
         """Note how many rows (1,) go to the owner that gets the most."""
         self._noted.append((most, [_held("rows of a batch for one owner", "route", self.route)]))
 
+    def owners(self, owner: Tensor, ranks: int) -> None:
+        """Note owners (n,) that an embedding names, which has none for an id that it does not hold."""
+        if owner.numel():
+            one = _Interval("owner_of", 0, ranks - 1, "embedding_fn has no owner for such ids: pass ids that it holds")
+            self._noted.append((torch.stack(owner.aminmax()), [one, one]))
+
     def settle(self, beside: Beside) -> None:
         """Find out, on a branch that joins before `wrong`, about what was noted so far, on the branch "targets" or here."""
         if self._noted:

@@ -27,10 +27,11 @@ class EmbeddingFn(Protocol):
     `owner_of(ids)`, that decides ownership; otherwise a hash of the id does.
 
     Kernels of target attention can read rows where they lie instead of asking for a copy of each. An embedding lets them by two more
-    methods. `in_place(ids)` gives its rows as a contiguous tensor (R, D), and which of them the owned ids (n,) have, which may repeat:
-    (n,) int64. `record(rows, grad)` takes the gradient (I, D) of distinct rows (I,) once per backward, spare entries with gradient 0
-    among them; the tensor must not be written to before. In a `CapturedStep` `record` is called on a stream that
-    joins when backward ends. An attribute `trainable` that is False says that no gradient is wanted.
+    methods, if it says how many ids it has (`vocab_size`): a wrong id would read some row. `in_place(ids)` gives its rows as a contiguous
+    tensor (R, D), and which of them the owned ids (n,) have, which may repeat: (n,) int64. `record(rows, grad)` takes the gradient (I, D)
+    of distinct rows (I,) once per backward, spare entries with gradient 0 among them; the tensor must not be written to before. In a
+    `CapturedStep` `record` is called on a stream that joins when backward ends. An attribute `trainable` that is False says that no
+    gradient is wanted.
     """
 
     def __call__(self, ids: Tensor, /) -> Tensor: ...

@@ -6,6 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
 shift $(($# > 0))
+[ "$("$python" -c "import torch; print(torch.cuda.device_count())")" -gt 0 ] || { echo "no GPU that torch sees" >&2; exit 2; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4 TA_TEST_DEVICES=cuda
 failed=0
 part() {

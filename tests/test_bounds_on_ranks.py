@@ -266,6 +266,45 @@ def test_what_does_not_fit_on_one_rank_gives_nan_on_every_rank_and_raises_the_sa
         assert re.search(OVERFLOWS[what][1], text), text
 
 
+class Wrapper(nn.Module):
+    """A table behind methods of one's own choice, without its `vocab_size`."""
+
+    def __init__(self, table: ShardedTokenEmbedding, *methods: str) -> None:
+        super().__init__()
+        self.table = table
+        for method in methods:
+            setattr(self, method, getattr(table, method))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+def one_rank_names_what_nobody_owns(what: str, methods: tuple[str, ...]) -> str:
+    group = SSPGroup(dist.group.WORLD)
+    table = Wrapper(ShardedTokenEmbedding(V, D, group, dtype=DTYPE), *methods)
+    model = TokenizedAttention(B, L, group.size, table, group=group, row_bound=B * L)
+    given = draw("mixed", group.rank, group)
+    given["lengths"].fill_(L)
+    right = model(**given)
+    assert bool(right.isfinite().all())
+    model.check_bounds()
+    if group.rank == 1:
+        given[what][1, 1] = V + 3
+    out = model(**given)
+    assert bool(out.isnan().all()), out
+    with pytest.raises(ValueError) as caught:
+        model.check_bounds()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("methods", [("owner_of",), ("owner_of", "in_place", "record")], ids=["copied", "in place"])
+@pytest.mark.parametrize("what", ["tokens", "targets"])
+def test_a_wrapper_without_vocab_size_loses_nothing(rank_pools: Any, what: str, methods: tuple[str, ...]) -> None:
+    raised = rank_pools(2).run(one_rank_names_what_nobody_owns, what, methods)
+    assert raised[0] == raised[1]
+    assert "owner_of reached -1, outside [0, 1]; embedding_fn has no owner for such ids" in raised[0]
+
+
 def refused() -> list[str]:
     group, raised = SSPGroup(dist.group.WORLD), []
     rank = group.rank

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ta_plugin import ShardedTokenEmbedding, TokenizedAttention, UniqueSpace
-from ta_plugin.attention import Scoring, self_attention, weighted_attention
+from ta_plugin.attention import Scoring, self_attention, target_attention, weighted_attention
 from ta_plugin.attention.layers import cross_attention
 
 SPACE = UniqueSpace.from_padded(torch.tensor([[1, 2, 1]]), torch.tensor([3]))  # two rows
@@ -20,9 +20,11 @@ BOUNDS = torch.tensor([0, 2], dtype=torch.int32)
 FIT, LONG = torch.tensor([0, 2]), torch.tensor([0, 3])
 
 
-def asked(targets: str, width: int = 4, encode: Any = None, **options: Any) -> Tensor:
+def asked(
+    targets: str, width: int = 4, encode: Any = None, dtype: torch.dtype = torch.float32, **options: Any
+) -> Tensor:
     """Target attention by "targets" or "queries" (1, 2, width)."""
-    given = {"targets": torch.zeros(1, 2).long(), "queries": torch.zeros(1, 2, width)}[targets]
+    given = {"targets": torch.zeros(1, 2).long(), "queries": torch.zeros(1, 2, width, dtype=dtype)}[targets]
     return attention(**options)(torch.zeros(1, 3).long(), torch.tensor([3]), encode=encode, **{targets: given})
 
 
@@ -72,6 +74,27 @@ MISTAKES: dict[str, Callable[[], object]] = {
     ),
     "key gives rows of width 4; pass a multiple of its 3 heads": lambda: asked(
         "targets", num_heads=3, query=nn.Linear(4, 6)
+    ),
+    "queries are torch.bfloat16, but the query map is torch.float32; cast one to the other's dtype, or run under": lambda: (
+        asked("queries", dtype=torch.bfloat16, query=nn.Linear(4, 4))
+    ),
+    "the embedding's rows are torch.float32, but the value map is torch.bfloat16; cast one to the other's": lambda: (
+        asked("queries", value=nn.Linear(4, 4).bfloat16())
+    ),
+    "queries are torch.bfloat16, keys torch.float32; cast them to one dtype, or run under torch.autocast": lambda: (
+        asked("queries", dtype=torch.bfloat16)
+    ),
+    "queries are torch.float64, keys torch.float32; cast them to one": lambda: asked(
+        "queries", dtype=torch.float64, normaliser="none"
+    ),
+    "queries are torch.float64, keys torch.float32, values torch.float32; cast them to one": lambda: self_attention(
+        SPACE, ROWS.double(), ROWS, ROWS, scoring=Scoring(normaliser="none")
+    ),
+    "q is torch.float64, k_table torch.float32; cast them to one dtype": lambda: target_attention(
+        ROWS.double(), ROWS, None, torch.arange(2), BOUNDS, BOUNDS, normaliser="none"
+    ),
+    "q is torch.float32, k_table torch.float32, v_table torch.bfloat16; cast them": lambda: target_attention(
+        ROWS, ROWS, ROWS.bfloat16(), torch.arange(2), BOUNDS, BOUNDS
     ),
     "lengths is None; pass (B,) int64": lambda: attention()(torch.zeros(1, 3).long(), None),
 }

@@ -1,13 +1,19 @@
-"""What the benchmarks of the CUDA operators share: Zipf histories, medians over device events, the floor's bandwidth."""
+"""What the benchmarks share: Zipf histories, medians over device events, the floor's bandwidth, and tables as README.md holds them."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +67,51 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / ms * 1e3
 
 
-def machine(device: torch.device) -> str:
-    """Device and versions, for the line above a table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if device.type == "cuda" else "")
+def machine(device: torch.device, packages: Sequence[str] = ()) -> str:
+    """Device and versions: of torch, and of other packages by name."""
+    cuda, ranks = device.type == "cuda", int(os.environ.get("WORLD_SIZE", "1"))
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    found = [f"{ranks} x {where}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if cuda:
+        found.append(f"CUDA {torch.version.cuda}")
+        if ranks > 1:
+            found.append("NCCL " + ".".join(map(str, torch.cuda.nccl.version())))
+    for name in packages:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
+def command() -> str:
+    """What this process was started by; paths of files by their names alone."""
+    script, *arguments = sys.argv
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    start = "python" if ranks is None else f"torchrun --nproc-per-node {ranks}"
+    shown = [Path(x).name if os.sep in x and Path(x).exists() else x for x in arguments]
+    return f"{start} examples/benchmarks/{Path(script).name} {shlex.join(shown)}".rstrip()
+
+
+def conditions(device: torch.device, *facts: str, packages: Sequence[str] = ()) -> str:
+    """The line above a table: command, date, machine and versions, and what else holds for all of it."""
+    return "; ".join([f"`{command()}`, {date.today().isoformat()}, {machine(device, packages)}", *facts])
+
+
+class Table:
+    """A table in Markdown whose rows are printed, by `say`, as they come: what README.md holds."""
+
+    def __init__(self, columns: Sequence[str], say: Callable[[str], object] | None = None) -> None:
+        self.columns, self.say = columns, say or (lambda line: print(line, flush=True))
+        self.say("")
+        self.row(*columns)
+        self.row(*["---"] * len(columns))
+
+    def row(self, *cells: object) -> None:
+        """One cell for each column."""
+        if len(cells) != len(self.columns):
+            raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns; pass one for each: {self.columns}")
+        self.say(f"| {' | '.join(str(cell) for cell in cells)} |")
 
 
 class CubSort:

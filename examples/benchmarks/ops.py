@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from measuring import CubSort, compiled_cub_sort
+from measuring import CubSort, Table, compiled_cub_sort, conditions
 from torch import Tensor
 
 from ta_plugin import CapturedStep, UniqueSpace
@@ -78,21 +78,20 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / min(microseconds([way]) for way in ways)
 
 
-class Table:
-    """Prints rows as they come."""
+class Operators:
+    """The table, and the bandwidth that its floors divide by."""
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
-        print("| case | operator | us | floor us (bytes) | fraction of floor | against |")
-        print("| --- | --- | --- | --- | --- | --- |", flush=True)
+        self.table = Table(["case", "operator", "us", "floor us (bytes)", "of floor", "against (ours over it)"])
 
     def row(self, case: str, name: str, time: float, moved: int, **peers: float) -> None:
         floor = moved / self.bandwidth
         against = "; ".join(f"{peer.replace('_', ' ')} {t:.0f} us ({time / t:.2f})" for peer, t in peers.items())
-        print(f"| {case} | {name} | {time:.0f} | {floor:.0f} | {floor / time:.2f} | {against} |", flush=True)
+        self.table.row(case, name, f"{time:.0f}", f"{floor:.0f}", f"{floor / time:.2f}", against)
 
 
-def plan(table: Table, cub: CubSort, case: str, inputs: list[Tensor]) -> None:
+def plan(table: Operators, cub: CubSort, case: str, inputs: list[Tensor]) -> None:
     op = torch.ops.ta_plugin
     samples, length = inputs[0].shape
     slots = samples * length
@@ -102,7 +101,7 @@ def plan(table: Table, cub: CubSort, case: str, inputs: list[Tensor]) -> None:
     keys = [x | base for x in inputs]
     spaces = [UniqueSpace.from_padded(x, full) for x in inputs]
     rows = spaces[0].num_rows
-    print(f"{case}: {slots} occurrences, {rows} rows, L/U {slots / rows:.2f}", flush=True)
+    case += f" (L/U {slots / rows:.2f})"
     sort = microseconds([cub.work(x, ID_BITS + sample_bits) for x in keys])
     unique = microseconds(
         [lambda x=x: torch.unique(x, return_inverse=True, return_counts=True) for x in keys], graph=False, rounds=5
@@ -138,7 +137,7 @@ def plan(table: Table, cub: CubSort, case: str, inputs: list[Tensor]) -> None:
     folds(table, case, [s.segments for s in spaces])
 
 
-def folds(table: Table, case: str, segments: list[Segments], index_backward: bool = True) -> None:
+def folds(table: Operators, case: str, segments: list[Segments], index_backward: bool = True) -> None:
     members, rows = segments[0].num_members, segments[0].num_segments
     values = [torch.randn(members, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(1)]
     values = values * len(segments)
@@ -171,7 +170,7 @@ def folds(table: Table, case: str, segments: list[Segments], index_backward: boo
     table.row(case, "segment_logsumexp fp32, 4 heads", ours, 16 * (members + rows) + 8 * (members + rows))
 
 
-def merging(table: Table, dtype: torch.dtype) -> None:
+def merging(table: Operators, dtype: torch.dtype) -> None:
     inputs = [torch.randn(RANKS, 16384, 4, DIM, device="cuda", dtype=dtype) for _ in range(2)]
     lses, into = torch.randn(RANKS, 16384, 4, device="cuda"), torch.bfloat16
     case = f"{RANKS} x 16384 x 4 x {DIM}, {str(dtype)[6:]} to bfloat16"
@@ -197,8 +196,9 @@ def main() -> None:
         op = load_op(name, device="cuda")
         assert op.implementation == "compiled", op.reason
     bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e6:.2f} TB/s")
-    table, cub = Table(bandwidth), CubSort(options.cub or compiled_cub_sort())
+    facts = [f"copy {bandwidth / 1e6:.2f} TB/s", f"{options.samples} samples, D={DIM}, Zipf 1.05 over {2**ID_BITS} ids"]
+    print(conditions(torch.device("cuda"), *facts))
+    table, cub = Operators(bandwidth), CubSort(options.cub or compiled_cub_sort())
     with torch.no_grad():
         for length in options.lengths:
             inputs = [zipf(options.samples, length, 1.05, seed) for seed in range(2)]

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from measuring import CubSort, copy_bandwidth, machine, median_ms, zipf_tokens
+from measuring import CubSort, Table, conditions, copy_bandwidth, median_ms, zipf_tokens
 from torch import Tensor, nn
 
 from ta_plugin import CapturedStep, SSPGroup, TokenizedAttention, UniqueSpace
@@ -214,7 +214,7 @@ def sort_and_wire_ms(
 
 
 def measure(
-    args: argparse.Namespace, group: SSPGroup, length: int, rate: float, say: Callable[[str], None]
+    args: argparse.Namespace, group: SSPGroup, length: int, rate: float, table_of_ways: Table
 ) -> dict[str, float]:
     """One row per way; milliseconds of each."""
     device, dtype = group.device, getattr(torch, args.dtype)
@@ -263,11 +263,11 @@ def measure(
         held = f"{peak[name] / 2**20:.0f} MiB ({peak[name] / max(peak['dense'], 1):.2f})" if peak[name] else "-"
         bound = name in ("owner", "captured")
         against = [f"{times[name] / floor:.1f}" if floor and bound else "" for floor in floors]
-        speed = f"{times[name]:.2f} | {busy[name]:.2f} | {times['dense'] / times[name]:.2f} | {times['unique'] / times[name]:.2f}"
-        sends = f"{calls[name]} | {sent[name] / 2**20:.4g}"
-        say(
-            f"| {group.size} | {length} | {name} | {speed} | {parts if bound else ''} | {' | '.join(against)} | {sends} | {held} |"
-        )
+        speed = [
+            f"{x:.2f}" for x in (times[name], busy[name], times["dense"] / times[name], times["unique"] / times[name])
+        ]
+        sends = [calls[name], f"{sent[name] / 2**20:.4g}"]
+        table_of_ways.row(group.size, length, name, *speed, parts if bound else "", *against, *sends, held)
     return times
 
 
@@ -309,20 +309,18 @@ def main() -> None:
             print(line, flush=True)
 
     rate = copy_bandwidth(device)
-    say(
-        f"{machine(device)}; copy {rate / 1e12:.3f} TB/s; {world} rank(s); per rank B={args.batch} D={args.dim} H={args.heads} "
-        f"T={args.targets} {args.dtype}, Zipf {args.alpha} over {args.vocab} ids"
-    )
+    per_rank = f"per rank B={args.batch} D={args.dim} H={args.heads} T={args.targets} {args.dtype}"
+    say(conditions(device, f"copy {rate / 1e12:.3f} TB/s", f"{per_rank}, Zipf {args.alpha} over {args.vocab} ids"))
     columns = ["ranks", "L", "way", "ms", "GPU busy, ms", "dense over it", "unique over it"]
     columns += ["floor: bytes + sort + wire, ms", "over bytes", "over bytes, sort and wire"]
     columns += ["collectives", "sent per rank, MiB", "peak memory (of dense)"]
-    say(f"| {' | '.join(columns)} |")
-    say("|" + " --- |" * len(columns))
+    table = Table(columns, say)
     sizes = [n for n in (2**i for i in range(world.bit_length())) if world % n == 0]
     scaling: dict[int, dict[int, dict[str, float]]] = {}
     for size in sorted({*sizes, world}):
         group = create_ssp_group(size, device=device)
-        scaling[size] = {length: measure(args, group, length, rate, say) for length in args.lengths}
+        scaling[size] = {length: measure(args, group, length, rate, table) for length in args.lengths}
+    say("")
     for size, by_length in scaling.items():
         if size > 1:  # the batch per rank stays: the same time would be perfect
             for length, times in by_length.items():

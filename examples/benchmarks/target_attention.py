@@ -1,6 +1,6 @@
 """Target attention that gathers rows by index, against its floor and against attention on rows written out.
 
-    python examples/benchmarks/target_attention.py [--length 4096] [--targets 1 2 4 8 16] [--dtype bfloat16] [--peers expanded occurrences]
+    python examples/benchmarks/target_attention.py [--length 4096 16384] [--dtype bfloat16 float32] [--targets 1 4 8] [--peers occurrences]
 
 Histories are Zipf ids; keys are the distinct ids of each sample, the table the distinct ids of the batch, one table (absorbed
 projections: keys and values are the rows themselves). Floors are bytes over the bandwidth of a copy measured in the same run:
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from measuring import copy_bandwidth, machine, median_ms, zipf_tokens
+from measuring import Table, conditions, copy_bandwidth, median_ms, zipf_tokens
 from torch import Tensor
 
 from ta_plugin import UniqueSpace
@@ -47,10 +47,18 @@ def passes(
 
 
 def measure(
-    args: argparse.Namespace, targets: int, space: UniqueSpace, ids: UniqueSpace, tokens: Tensor, rate: float
+    args: argparse.Namespace,
+    printed: Table,
+    case: tuple[str, int],
+    space: UniqueSpace,
+    ids: UniqueSpace,
+    tokens: Tensor,
+    rate: float,
 ) -> None:
-    device, dtype, batch = tokens.device, getattr(torch, args.dtype), tokens.shape[0]
-    heads, dim, size = args.heads, args.dim, getattr(torch, args.dtype).itemsize
+    """The rows of a case: a dtype, and targets per sample."""
+    kind, targets = case
+    device, dtype, batch = tokens.device, getattr(torch, kind), tokens.shape[0]
+    heads, dim, size = args.heads, args.dim, dtype.itemsize
     table = torch.randn(ids.num_rows, 1, dim, device=device, dtype=dtype).requires_grad_()
     q = torch.randn(batch * targets, heads, dim, device=device, dtype=dtype).requires_grad_()
     cu_q = torch.arange(0, batch * targets + 1, targets, dtype=torch.int32, device=device)
@@ -85,35 +93,30 @@ def measure(
     )
     moved = read + 3 * per_query + 2 * parts + table.numel() * size + keys * 24
     flops = 4 * heads * targets * dim * keys
+    low = [1e3 * x / rate for x in (*floors, moved)]
+    sizes = [f"{tokens.shape[1]} ({space.num_occurrences / space.num_rows:.2f})", kind, heads * targets]
     for name in works:
-        cells = [f"{forward[name]:.3f}", f"{backward[name]:.3f}"]
+        f, b = forward[name], backward[name]
+        against = [""] * 3
         if name == "ours":
-            low = [1e3 * x / rate for x in (*floors, moved)]
-            cells += [
-                f"{low[0]:.3f}",
-                f"{low[0] / forward[name]:.0%}",
-                f"{low[1]:.3f}",
-                f"{low[1] / backward[name]:.0%}",
-            ]
-            cells += [f"{low[2]:.3f}", f"{low[2] / backward[name]:.0%}", f"{flops / forward[name] / 1e9:.0f}"]
-        else:
-            cells += [""] * 6 + [f"{flops / forward[name] / 1e9:.0f}"]
-        print(f"| {heads * targets} | {name} | " + " | ".join(cells) + " |", flush=True)
+            against = [f"{bound:.3f} ({bound / x:.0%})" for bound, x in ((low[0], f), (low[2], b), (low[1], b))]
+        times = [f"{f:.3f}", f"{flops / f / 1e9:.0f}", against[0], f"{b:.3f}", *against[1:]]
+        printed.row(*sizes, name, *times)
     if len(works) > 1 and "expanded" in works:
         ours, peer = (gathered(q, table, backend).detach().float() for backend in ("compiled", "expanded"))
-        print(f"|  | largest difference from expanded: {float((ours - peer).abs().max()):.1e} |" + " |" * 9)
+        printed.row(*sizes, f"largest difference from expanded: {float((ours - peer).abs().max()):.1e}", *[""] * 6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--length", type=int, nargs="+", default=[4096])
     parser.add_argument("--vocab", type=int, default=4_000_000)
     parser.add_argument("--alpha", type=float, default=1.05)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--targets", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--peers", nargs="*", default=["expanded", "occurrences"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,19 +127,17 @@ def main() -> None:
         parser.error(f"target_attention is not compiled for {device}: {loaded.reason}")
     torch._functorch.config.donated_buffer = False  # a backward of FlexAttention is timed on a graph that is kept
     rate = copy_bandwidth(device)
-    tokens = zipf_tokens(args.batch, args.length, args.vocab, args.alpha, device, seed=1)
-    space = UniqueSpace.from_padded(tokens, torch.full((args.batch,), args.length, device=device))
-    ids = UniqueSpace.from_packed(space.tokens)
-    print(
-        f"{machine(device)}; copy {rate / 1e12:.3f} TB/s; B={args.batch} L={args.length} D={args.dim} H={args.heads} {args.dtype}; "
-        f"{space.num_rows} keys (L/U {space.num_occurrences / space.num_rows:.2f}) of {ids.num_rows} distinct ids"
-    )
-    print(
-        "| H*T | way | forward ms | backward ms | floor | of floor | floor bw | of floor | moved bw | of moved | forward TFLOP/s |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for targets in args.targets:
-        measure(args, targets, space, ids, tokens, rate)
+    sizes = f"B={args.batch} D={args.dim} H={args.heads}, Zipf {args.alpha} over {args.vocab} ids, one table"
+    print(conditions(device, f"copy {rate / 1e12:.3f} TB/s", sizes))
+    columns = ["L (L/U)", "dtype", "H*T", "way", "forward ms", "TFLOP/s", "floor ms (of it)", "backward ms"]
+    printed = Table([*columns, "moved ms (of it)", "floor with q and dO again, ms (of it)"])
+    for length in args.length:
+        tokens = zipf_tokens(args.batch, length, args.vocab, args.alpha, device, seed=1)
+        space = UniqueSpace.from_padded(tokens, torch.full((args.batch,), length, device=device))
+        ids = UniqueSpace.from_packed(space.tokens)
+        for kind in args.dtype:
+            for targets in args.targets:
+                measure(args, printed, (kind, targets), space, ids, tokens, rate)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ on it. Items: Zipf with exponent 1.05 over 50 million ids.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from measuring import Table, conditions
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -36,8 +36,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -184,7 +182,8 @@ def compare(layers: Layers, tokens: Tensor, args: argparse.Namespace) -> tuple[d
         except Exception as error:
             if name == "tokenized":
                 raise
-            print(f"{name} does not run here: {type(error).__name__}: {str(error)[:100]}", flush=True)
+            reason = f"{type(error).__name__}: {str(error)[:100]}"
+            print(f"{name} does not run here: {reason}", file=sys.stderr, flush=True)  # not between the table's rows
             del timings[name]
     timings["plan"] = Timing([], [])
     names = [name for name in timings if name != "plan"]
@@ -217,19 +216,6 @@ def item_tokens(length: int, batch: int, exponent: float = 1.05, items: int = 50
     return (1.0 + u * (items**power - 1.0)).pow(1.0 / power).long()
 
 
-def versions(device: str) -> str:
-    """What ran."""
-    names = ("torch", "megatron-core", "flash-attn-4")
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"{name} not installed")
-    where = torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{where}, Python {platform.python_version()}, {', '.join(found)}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -258,43 +244,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(1)
-    console = Console(width=150)
-    console.print(versions(args.device))
+    layer = f"hidden {args.hidden}, {args.heads} heads; ms forward / backward, plan within tokenized forward; over the fastest peer"
+    print(conditions(torch.device(args.device), layer, packages=("megatron-core", "flash-attn-4")))
+    names = list(peers(args.device))
     table = Table(
-        title=f"one layer, hidden {args.hidden}, {args.heads} heads; ms forward / backward, plan within tokenized forward"
+        ["data", "B x L", "L/U", "plan", "tokenized", *names, "times faster forward / backward / both", "difference"]
     )
-    for column in (
-        "data",
-        "B x L",
-        "L/U",
-        "plan",
-        "tokenized",
-        "best peer",
-        "its ms",
-        "speed-up fwd / bwd / both",
-        "difference",
-    ):
-        table.add_column(column, justify="right")
     for name, draw in cases.items():
         tokens = draw()
         batch, length = tokens.shape
         distinct, tokens = tokens.unique(return_inverse=True)  # ids in order: the table needs only rows that occur
         timings, ratio, difference = compare(Layers.of(args, distinct.numel()), tokens.to(args.device), args)
         figures = {key: timing.medians() for key, timing in timings.items()}
-        for key, (forward, backward) in figures.items():
-            console.print(f"{name} {batch} x {length}: {key} {forward:.2f} / {backward:.2f} ms")
-        best = min((k for k in figures if k not in ("tokenized", "plan")), key=lambda k: sum(figures[k]))
-        ours, theirs = figures["tokenized"], figures[best]
-        speed = f"{theirs[0] / ours[0]:.2f} / {theirs[1] / ours[1]:.2f} / {sum(theirs) / sum(ours):.2f}"
+        ours, *theirs = (figures[key] for key in figures if key != "plan")
+        best = min(theirs, key=sum)
+        times = [f"{best[0] / ours[0]:.1f}", f"{best[1] / ours[1]:.1f}", f"{sum(best) / sum(ours):.1f}"]
         cells = [
-            name,
-            f"{batch} x {length}",
-            f"{ratio:.2f}",
-            f"{figures['plan'][0]:.2f}",
-            "{:.2f} / {:.2f}".format(*ours),
+            f"{ms[0]:.2f} / {ms[1]:.2f}" if ms else "did not run" for ms in map(figures.get, ["tokenized", *names])
         ]
-        table.add_row(*cells, best, "{:.2f} / {:.2f}".format(*theirs), speed, f"{difference:.1e}")
-    console.print(table)
+        plan = f"{figures['plan'][0]:.2f}"
+        table.row(name, f"{batch} x {length}", f"{ratio:.1f}", plan, *cells, " / ".join(times), f"{difference:.1e}")
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

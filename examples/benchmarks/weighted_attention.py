@@ -14,17 +14,15 @@ and of both without weights, with the ratio.
 
 import argparse
 import math
-import platform
 import re
 import statistics
-import sys
 import sysconfig
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import Table, conditions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ta_plugin.attention import weighted_attention
@@ -183,9 +181,7 @@ def errors(backend, inputs, dtype, cu, weighted, exact=None):
 
 
 def accuracy(dims):
-    print(
-        "\n| accuracy: relative error against float64 | d | out | lse | dq | dk | dv |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    table = Table(["relative error against float64", "d", "out", "lse", "dq", "dk", "dv"])
     lengths = [1500, 700, 129, 64, 1000]
     cu = bounds(lengths)
     for dim in dims:
@@ -194,26 +190,18 @@ def accuracy(dims):
             kind = "with weights" if weighted else "without weights"
             exact = errors("reference", inputs, torch.float64, cu, weighted)
             mine = errors("hopper", inputs, torch.bfloat16, cu, weighted, exact)
-            print(f"| ours {kind} | {dim} | " + " | ".join(f"{e:.2e}" for e in mine) + " |", flush=True)
+            table.row(f"ours {kind}", dim, *[f"{e:.2e}" for e in mine])
             try:
                 theirs = errors("flash4", inputs, torch.bfloat16, cu, weighted, exact)
             except Exception as error:
-                print(f"| flash4 {kind} | {dim} | {reason(error)} | | | | |", flush=True)
+                table.row(f"flash4 {kind}", dim, reason(error), *[""] * 4)
                 continue
-            print(f"| flash4 {kind} | {dim} | " + " | ".join(f"{e:.2e}" for e in theirs) + " |")
-            ratios = " | ".join(f"{a / b:.2f}" for a, b in zip(mine, theirs, strict=True))
-            print(f"| ours / flash4 | {dim} | {ratios} |", flush=True)
+            table.row(f"flash4 {kind}", dim, *[f"{e:.2e}" for e in theirs])
+            table.row("ours / flash4", dim, *[f"{a / b:.2f}" for a, b in zip(mine, theirs, strict=True)])
 
 
 def reason(error):
     return f"{type(error).__name__}: {str(error)[:60]}".replace("\n", " ")
-
-
-def version(name):
-    try:
-        return f"{name} {metadata.version(name)}"
-    except metadata.PackageNotFoundError:
-        return f"{name} not installed"
 
 
 def main():
@@ -224,23 +212,20 @@ def main():
     parser.add_argument("--cases", nargs="*", default=["1k x 16", "4k x 4", "16k x 1", "ragged"])
     options = parser.parse_args()
     cases = {"1k x 16": [1024] * 16, "4k x 4": [4096] * 4, "16k x 1": [16384], "ragged": ragged_lengths()}
-    packages = ", ".join(version(name) for name in ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl"))
-    print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, {packages}; bf16, {HEADS} heads")
-    print("command: python", " ".join(sys.argv))
+    packages = ("triton", "flash-attn-4", "nvidia-cutlass-dsl")
     lengths = cases["ragged"]
-    print(f"ragged: {len(lengths)} samples of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens")
-    print(
-        "| case | d | kernel | forward TFLOP/s | backward TFLOP/s | forward ms | backward ms | forward / flash4 | backward / flash4 |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    ragged = f"ragged: {len(lengths)} samples of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens"
+    print(conditions(torch.device("cuda"), f"bf16, {HEADS} heads", ragged, packages=packages))
+    columns = ["case", "d", "kernel", "forward TFLOP/s", "backward TFLOP/s", "forward ms", "backward ms"]
+    table = Table([*columns, "forward / flash4", "backward / flash4"])
     for dim in options.dims:
         for case in options.cases:
-            compare(case, cases[case], dim, options)
+            compare(case, cases[case], dim, options, table)
     accuracy(options.dims)
 
 
-def compare(case, lengths, dim, options):
-    """One case's rows of the table."""
+def compare(case, lengths, dim, options, table):
+    """One case's rows."""
     sets = [draw(lengths, dim) for _ in range(2)]
     flop = sum(4 * n * n * HEADS * dim for n in lengths)
     names = ["ours", *options.peers]
@@ -257,12 +242,12 @@ def compare(case, lengths, dim, options):
     backward = medians_ms({name: pair[1] for name, pair in works.items()}, options.rounds)
     for name in names:
         if name in missing:
-            print(f"| {case} | {dim} | {name} | {missing[name]} | | | | | |", flush=True)
+            table.row(case, dim, name, missing[name], *[""] * 5)
             continue
         f, b = forward[name], backward[name]
-        rates = f"{flop / f / 1e9:.0f} | {2.5 * flop / b / 1e9:.0f}"
-        ratios = f"{forward['flash4'] / f:.2f} | {backward['flash4'] / b:.2f}" if "flash4" in forward else "- | -"
-        print(f"| {case} | {dim} | {name} | {rates} | {f:.3f} | {b:.3f} | {ratios} |", flush=True)
+        ratios = [f"{forward['flash4'] / f:.2f}", f"{backward['flash4'] / b:.2f}"] if "flash4" in forward else ["", ""]
+        rates = [f"{flop / f / 1e9:.0f}", f"{2.5 * flop / b / 1e9:.0f}"]
+        table.row(case, dim, name, *rates, f"{f:.3f}", f"{b:.3f}", *ratios)
     torch._dynamo.reset()
 
 

@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 
 import ta_plugin.deepspeed
 from ta_plugin import ShardedTokenEmbedding
+from ta_plugin.data.atomic import atomic_columns
 from ta_plugin.data.batches import HistoryBatches
 from ta_plugin.data.interactions import Interactions, load_interactions
 from ta_plugin.models.metrics import candidate_counts, mean_metrics, positive_ranks, ranking_metrics
@@ -37,7 +38,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's own calls
     options = parse()
     deepspeed.init_distributed()
-    data = load_interactions(options.inter, tokens=("item_id",), action="rating")
+    data = read(options.inter)
     engine = build_engine(options, data.n_items, data.n_actions)
     batches = HistoryBatches(
         data,
@@ -142,7 +143,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    return deepspeed.add_config_arguments(parser).parse_args()
+    options = deepspeed.add_config_arguments(parser).parse_args()
+    if not options.deepspeed_config:
+        parser.error("pass --deepspeed --deepspeed_config FILE, such as ds_config_zero1.json beside this script")
+    return options
+
+
+def read(inter: str) -> Interactions:
+    """Histories of items; what users did with them where the file has a column "rating"."""
+    try:
+        return load_interactions(inter, action="rating" if "rating" in atomic_columns(inter) else None)
+    except ValueError as error:
+        raise SystemExit(f"--inter: {error}") from None
 
 
 def build_engine(options: argparse.Namespace, n_items: int, n_actions: int) -> Any:

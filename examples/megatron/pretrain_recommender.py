@@ -91,7 +91,10 @@ def main() -> None:
     groups, device = set_up(args)
     batches = None
     if args.inter:
-        data = load_interactions(args.inter, action=None)
+        try:
+            data = load_interactions(args.inter, action=None)
+        except ValueError as error:
+            raise SystemExit(f"--inter: {error}") from None
         args.items = data.n_items
         batches = HistoryBatches(
             data,

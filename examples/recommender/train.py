@@ -55,7 +55,9 @@ def main(
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoints in --out")] = False,
 ) -> None:
     """Train on items, without recency and action, and on composite tokens; then compare with plain attention and report."""
-    columns = {"user": user_column, "item": item_column, "time": time_column}
+    columns: dict[str, str] = {"user": user_column, "item": item_column, "time": time_column}
+    options = {name: f"--{name}-column" for name in (*columns, "action")}
+    options |= {"tokens": "--class-columns", "item_path": "--item", "action=None": "'none'"}
     action = None if action_column == "none" else action_column
     runs: list[tuple[str, tuple[str, ...], bool, int]] = [("items", (item_column,), True, steps)]
     if class_columns != "none":
@@ -64,14 +66,11 @@ def main(
         runs.append(("items, no recency or action", (item_column,), False, steps))
     try:  # all of it before anything trains
         loaded = {
-            tokens: load_interactions(inter, item, tokens=tokens, action=action, **columns)
+            tokens: load_interactions(inter, item, tokens=tokens, action=action, names=options, **columns)
             for tokens in dict.fromkeys(tokens for _, tokens, _, _ in runs)
         }
     except ValueError as error:
-        raise SystemExit(
-            f"{error}\n--user-column, --item-column, --time-column, --action-column and --class-columns name columns; 'none' does without "
-            "an action, or the run on classes"
-        ) from None
+        raise SystemExit(f"{error}\n--class-columns 'none' does without the run on classes") from None
 
     stop = StopFlag()
     group = _join(ssp)

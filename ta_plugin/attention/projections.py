@@ -35,13 +35,21 @@ class HeadProjections(nn.Module):
 
     def queries(self, rows: Tensor) -> Tensor:
         """(n, E) -> (n, H, D)."""
-        return as_heads(rows if self.query is None else self.query(rows), self.num_heads, "query")
+        return as_heads(self._mapped("query", rows), self.num_heads, "query")
 
     def keys_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(n, E) -> (n, Hk, D), (n, Hk, Dv)."""
-        k = as_heads(rows if self.key is None else self.key(rows), self.num_kv_heads, "key")
-        v = as_heads(rows if self.value is None else self.value(rows), self.num_kv_heads, "value")
+        k = as_heads(self._mapped("key", rows), self.num_kv_heads, "key")
+        v = as_heads(self._mapped("value", rows), self.num_kv_heads, "value")
         return k, v
+
+    def _mapped(self, name: str, rows: Tensor) -> Tensor:
+        module = getattr(self, name)
+        if module is None:
+            return rows
+        if type(module) is nn.Linear:
+            _check_map("queries" if name == "query" else "the embedding's rows", rows, name, module)
+        return module(rows)
 
     def check_widths(self, asked: int | None, held: int | None, given: bool, dot: bool) -> None:
         """Raise ValueError where rows do not fit the maps, as far as widths are known.
@@ -109,19 +117,32 @@ class HeadProjections(nn.Module):
 
     def absorb_queries(self, q: Tensor) -> Tensor:
         """q (Q, H, D) -> (Q, H, E + 1) with q.(W_k e + b_k) = (W_k^T q, q.b_k).(e, 1); (Q, H, E) without any bias."""
-        return _per_head(q, self._augmented(self.key), self.num_kv_heads, False)
+        return _per_head(q, self._augmented("key", q), self.num_kv_heads, False)
 
     def unabsorb_values(self, out: Tensor) -> Tensor:
         """Weighted sums of (e, 1), out (Q, H, E + 1) -> W_v and b_v applied: (Q, H, Dv); of e alone without any bias."""
-        return _per_head(out, self._augmented(self.value), self.num_kv_heads, True)
+        return _per_head(out, self._augmented("value", out), self.num_kv_heads, True)
 
-    def _augmented(self, linear: nn.Module | None) -> Tensor:
-        """Weight and bias (Hk * D, E + 1), or the weight alone (Hk * D, E) where neither map has a bias."""
+    def _augmented(self, name: str, of: Tensor) -> Tensor:
+        """Weight and bias (Hk * D, E + 1), or the weight alone (Hk * D, E) where neither map has a bias; for something `of` its dtype."""
+        linear = getattr(self, name)
         assert isinstance(linear, nn.Linear)
+        _check_map("queries" if name == "key" else "attended rows", of, name, linear)
         if not self.has_bias:
             return linear.weight
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         return torch.cat([linear.weight, bias[:, None]], 1)
+
+
+def _check_map(what: str, rows: Tensor, name: str, module: nn.Linear) -> None:
+    """Raise ValueError where torch would refuse to multiply; autocast brings all but float64 to one dtype."""
+    dtypes = rows.dtype, module.weight.dtype
+    if dtypes[0] == dtypes[1] or (torch.is_autocast_enabled(rows.device.type) and torch.float64 not in dtypes):
+        return
+    instead = "" if torch.float64 in dtypes else ", or run under torch.autocast"
+    raise ValueError(
+        f"{what} are {dtypes[0]}, but the {name} map is {dtypes[1]}; cast one to the other's dtype{instead}"
+    )
 
 
 def _per_head(x: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:
@@ -185,6 +206,16 @@ def with_one(rows: Tensor, spare: int = 0) -> Tensor:
     """Rows (n, E) as single-headed keys and values (n, 1, E + 1 + spare): the constant a bias needs, then zeros."""
     whole = F.pad(rows, (0, 1), value=1.0)
     return (F.pad(whole, (0, spare)) if spare else whole).unsqueeze(1)
+
+
+def one_dtype(q: Tensor, k: Tensor, *v: Tensor) -> tuple[Tensor, ...]:
+    """Queries, and values if given, in the keys' dtype: cast under autocast, ValueError elsewhere where they differ."""
+    if all(x.dtype == k.dtype for x in (q, *v)):
+        return q, *v
+    if not torch.is_autocast_enabled(q.device.type):
+        found = f"queries are {q.dtype}, keys {k.dtype}" + "".join(f", values {x.dtype}" for x in v)
+        raise ValueError(f"{found}; cast them to one dtype, or run under torch.autocast")
+    return tuple(x.to(k.dtype) for x in (q, *v))
 
 
 def as_heads(rows: Tensor, num_heads: int, name: str) -> Tensor:

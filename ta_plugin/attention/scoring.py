@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ta_plugin.attention.backends.choose import BACKENDS
 from ta_plugin.attention.dense import Activation, Normaliser, dense_attention
 from ta_plugin.attention.merge import merge
+from ta_plugin.attention.projections import one_dtype
 from ta_plugin.attention.weighted import weighted_attention
 
 
@@ -62,8 +63,10 @@ class Scoring:
     ) -> tuple[Tensor, Tensor | None]:
         """Packed attention with these options: out (Q, H, Dv), and lse (Q, H) under softmax.
 
+        q, k, v: of one dtype, or ValueError; under torch.autocast queries and values take the keys' dtype
         weight: log weights under softmax, multipliers after the activation otherwise; shapes as in `dense_attention`
         """
+        q, v = one_dtype(q, k, v)
         if self.score is None and self.normaliser == "softmax":
             return weighted_attention(
                 q, k, v, weight, cu_seqlens_q, cu_seqlens_k,

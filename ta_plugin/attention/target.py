@@ -157,8 +157,6 @@ def choose_target(
 def _limit(q: Tensor, k_table: Tensor, v_table: Tensor | None, activation: Activation | None) -> str | None:
     """What the kernels do not cover, or None."""
     width, limit = q.shape[2], 256 if q.dtype == torch.bfloat16 or v_table is None else 128
-    if any(t is not None and t.dtype != q.dtype for t in (k_table, v_table)):
-        return f"needs the tables in q's dtype, {q.dtype}"
     if v_table is not None and v_table.shape != k_table.shape:
         return "needs equal head dims for keys and values"
     if activation is not None and not _is_silu(activation):
@@ -216,6 +214,9 @@ def _check(
         raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; pass floating packed queries (Q, H, D)")
     if k_table.dim() != 3 or k_table.shape[2] != q.shape[2]:
         raise ValueError(f"k_table has shape {tuple(k_table.shape)}; pass (G, Hk, D) with q's D, {q.shape[2]}")
+    if any(t is not None and t.dtype != q.dtype for t in (k_table, v_table)):
+        found = f"q is {q.dtype}, k_table {k_table.dtype}" + ("" if v_table is None else f", v_table {v_table.dtype}")
+        raise ValueError(f"{found}; cast them to one dtype")
     if v_table is not None and v_table.shape[:2] != k_table.shape[:2]:
         raise ValueError(
             f"v_table has shape {tuple(v_table.shape)}; pass k_table's rows and heads, {tuple(k_table.shape[:2])}"

@@ -14,11 +14,20 @@ from ta_plugin.data.repeats import Repeats, histories, read_ids, windows
 
 LENGTHS = tuple(4**n for n in range(3, 11))  # 64 to 1,048,576
 TOKENS = 1 << 23  # read per length at most
+NAMES = {  # of load_interactions' arguments, for its messages
+    "user": "--user-column",
+    "item": "--item-column",
+    "time": "--time-column",
+    "tokens": "--columns",
+    "item_path": "--item",
+}
 
 
 def analyze(
     file: Annotated[Path, typer.Argument(help="ids: .npy (n,) or (samples, length), raw .bin, or RecBole's .inter")],
-    length: Annotated[list[int] | None, typer.Option(help="tokens of a sample; several times for several")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="tokens of a sample; several times for several")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="samples looked at per length, as many as a batch has")] = 64,
     dtype: Annotated[str, typer.Option(help="of a .bin file")] = "uint16",
     columns: Annotated[
@@ -34,7 +43,14 @@ def analyze(
         if file.suffix == ".inter":
             tokens = tuple(columns.split(","))
             data = load_interactions(
-                file, item, user=user_column, item=item_column, time=time_column, tokens=tokens, action=None
+                file,
+                item,
+                user=user_column,
+                item=item_column,
+                time=time_column,
+                tokens=tokens,
+                action=None,
+                names=NAMES,
             )
             users = histories(data, samples)
             longest = max(len(user) for user in users)
@@ -74,6 +90,7 @@ def show(found: list[Repeats], name: str) -> None:
     console.print(table)
     console.print(
         "How many times fewer: query-key pairs of bidirectional self-attention and of target attention, and rows looked up for all samples "
-        "together. L/U: occurrences over distinct tokens of a sample. Time falls by less: short samples, and L/U near 1, gain nothing "
+        "together. L/U: occurrences over distinct tokens of a sample, which has at most the length's tokens. Time falls by less: short "
+        "samples, and L/U near 1, gain nothing "
         "(examples/benchmarks/README.md)."
     )

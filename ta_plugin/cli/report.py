@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -42,7 +44,8 @@ def report(
     size: Annotated[int | None, typer.Option(help="Ranks per SSP group, for the layout under torchrun.")] = None,
 ) -> None:
     """Versions of the hosts, which ops are built or can be, which attention backend would be chosen, and the group layout."""
-    lines = [*hosts(), *devices(), *ops(), *backends(), *layout(size)]
+    with redirect_stdout(sys.stderr):  # DeepSpeed's logger, which its op builders load, writes there
+        lines = [*hosts(), *devices(), *ops(), *backends(), *layout(size)]
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if as_json:

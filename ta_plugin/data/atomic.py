@@ -111,7 +111,7 @@ def read_atomic(path: str | PathLike[str], columns: Sequence[str] | None = None)
 
 def _open(path: str | PathLike[str]) -> BinaryIO:
     if not Path(path).is_file():
-        raise ValueError(f"path={str(path)!r} is not a file; pass the path of an atomic file (.inter, .item or .user)")
+        raise ValueError(f"{path} is not a file; pass the path of an atomic file (.inter, .item or .user)")
     return open(path, "rb")
 
 
@@ -120,6 +120,8 @@ def _parse_header(line: bytes, path: Path) -> dict[str, str]:
         text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"line 1 of {path} is not UTF-8 ({error}); save the file as UTF-8") from None
+    if not text:
+        raise ValueError(f"line 1 of {path} is empty; an atomic file starts with tab-separated name:type fields")
     types: dict[str, str] = {}
     for field in text.split("\t"):
         name, colon, kind = field.rpartition(":")

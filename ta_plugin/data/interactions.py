@@ -1,6 +1,6 @@
 """Users' histories in time order, and the leave-one-out split over them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -91,6 +91,7 @@ def load_interactions(
     tokens: Sequence[str] = ("item_id",),
     action: str | None = "rating",
     label: tuple[str, float] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Interactions:
     """Reads histories from a RecBole `.inter` file, joined with an `.item` file where tokens need one.
 
@@ -107,6 +108,7 @@ def load_interactions(
         action: column of the `.inter` file that says what the user did (a rating, a kind of click), or None.
         label: None: every event is a positive. `(column, threshold)`: events whose value in that numeric column of the
             `.inter` file is at least the threshold are.
+        names: what messages call an argument, where the caller knows it by another name: a command by its option.
 
     Raises:
         ValueError: a file or column is missing, a line is malformed, there are no interactions, a user or item id is
@@ -114,6 +116,7 @@ def load_interactions(
     """
     if isinstance(tokens, str) or not tokens:
         raise ValueError(f"tokens={tokens!r} must be a sequence of one or more column names, such as ('{item}',)")
+    names = names or {}
     there = atomic_columns(inter_path)
     features = atomic_columns(item_path) if item_path is not None else {}
     named = {"user": user, "item": item, "time": time}
@@ -123,39 +126,39 @@ def load_interactions(
         named["label"] = label[0]
     for argument, name in named.items():
         if name not in there:
-            remedy = ", or pass action=None" if argument == "action" else ""
+            remedy = f", or pass {names.get('action=None', 'action=None')}" if argument == "action" else ""
             raise ValueError(
-                f"{argument}={name!r} is not a column of {inter_path}, which has {', '.join(there)}; name one{remedy}"
+                f"{names.get(argument, argument)}={name!r} is not a column of {inter_path}, which has {', '.join(there)}; name one{remedy}"
             )
     for name in tokens:
         if name not in there and name not in features:
-            remedy = f"{item_path} has {', '.join(features)}" if item_path is not None else "no item_path was given"
+            remedy = f"pass {names.get('item_path', 'item_path')} if it is a column of an .item file"
+            if item_path is not None:
+                remedy = f"{item_path} has {', '.join(features)}"
             raise ValueError(
-                f"tokens: {name!r} is not a column of {inter_path}, which has {', '.join(there)}; {remedy}"
+                f"{names.get('tokens', 'tokens')}: {name!r} is not a column of {inter_path}, which has {', '.join(there)}; {remedy}"
             )
 
     table = read_atomic(inter_path, [*named.values(), *(name for name in tokens if name in there)])
     if table.n_rows == 0:
-        raise ValueError(
-            f"inter_path={str(inter_path)!r} holds no interactions; it needs at least one line after the header"
-        )
+        raise ValueError(f"{inter_path} holds no interactions; it needs at least one line after the header")
     user_codes, user_ids = _identifiers(table, user)
     item_codes, item_ids = _identifiers(table, item)
-    times = _numbers(table, time, "time")
+    times = _numbers(table, time, names.get("time", "time"))
     order = np.lexsort((times, user_codes))  # stable: ties keep the order of the file
     action_codes, action_values = (np.zeros(table.n_rows, dtype=np.int64), np.array([""]))
     if action is not None:
         action_codes, action_values = factorize(table[action])
     labels = np.ones(table.n_rows, dtype=np.float32)
     if label is not None:
-        labels = (_numbers(table, label[0], "label") >= label[1]).astype(np.float32)
+        labels = (_numbers(table, label[0], names.get("label", "label")) >= label[1]).astype(np.float32)
 
     rows, unmatched = None, 0
     joined = [name for name in tokens if name not in there]
     if item_path is not None and joined:
         if item not in features:
             raise ValueError(
-                f"item={item!r} is not a column of {item_path}, which has {', '.join(features)}; rename it"
+                f"{names.get('item', 'item')}={item!r} is not a column of {item_path}, which has {', '.join(features)}; rename it"
             )
         item_table = read_atomic(item_path, [item, *joined])
         rows = _match(item_ids, item_table, item)

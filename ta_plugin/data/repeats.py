@@ -58,13 +58,21 @@ def read_ids(path: Path, dtype: str = "uint16") -> np.ndarray:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file; pass one that ends in .npy, .bin or .inter")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty; pass a file that holds at least one id")
     if path.suffix == ".npy":
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path} is no array as numpy.save writes it ({error}); save the ids anew") from None
     elif path.suffix == ".bin":
-        item = np.dtype(dtype).itemsize
-        if path.stat().st_size == 0 or path.stat().st_size % item:
+        try:
+            item = np.dtype(dtype).itemsize
+        except TypeError:
+            raise ValueError(f"dtype is {dtype!r}, which numpy does not know; pass uint16, int32 or such") from None
+        if path.stat().st_size % item:
             raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, no multiple of the {item} of {dtype}; name its dtype"
+                f"{path} has {path.stat().st_size} bytes, no multiple of the {item} of a {dtype}; name its dtype"
             )
         ids = np.memmap(path, dtype=dtype, mode="r")
     else:

@@ -10,12 +10,13 @@ from ta_plugin.megatron.layer_specs import (
     tokenized_layer_spec,
 )
 from ta_plugin.megatron.loss import count_labels, loss_function
-from ta_plugin.megatron.microbatches import check_microbatches
+from ta_plugin.megatron.microbatches import CheckedMicrobatches, check_microbatches
 from ta_plugin.megatron.model import TokenizedModel
 from ta_plugin.megatron.plan import RowLayout, TokenizedSeqParams, plan_microbatch
 from ta_plugin.megatron.token_keyed import get_token_keyed_block_spec, get_token_keyed_layer_spec, plan_causal
 
 __all__ = [
+    "CheckedMicrobatches",
     "RowLayout",
     "SSPGroups",
     "SSPRanks",

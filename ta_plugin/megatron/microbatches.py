@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,3 +48,48 @@ def check_microbatches(
             raise ValueError(
                 f"rank 0 has {counts[0][0]} microbatches, rank {rank} of {everybody.size} {count}; give every rank as many"
             )
+
+
+class CheckedMicrobatches:
+    """A rank's training microbatches for a loop that is not one's own, as Megatron's `pretrain()`: an iterator, and a hook that checks.
+
+    The schedules call `config.no_sync_func` before anything moves between stages, so with
+
+        checked = CheckedMicrobatches(batches, vocab_size, get_num_microbatches)
+        config.no_sync_func = checked.begin_step
+
+    on every rank a step's microbatches are read ahead and given to `check_microbatches`. Under `pretrain()` return it from a provider of
+    data sets whose is_distributed is True, with `--dataloader-type external`. Not for interleaved stages, whose schedule calls the hook
+    again within a step, nor beside overlap_grad_reduce, which takes the hook's place; evaluation (without gradients) is not checked.
+
+    microbatches: an iterator over what the forward step reads, endless or as long on every rank
+    number:       how many a step takes, when it begins
+    read:         (tokens, lengths, labels) of one of them, as `check_microbatches` wants them; by default it is that
+    """
+
+    def __init__(
+        self,
+        microbatches: Iterator[Any],
+        vocab_size: int,
+        number: Callable[[], int],
+        *,
+        read: Callable[[Any], Microbatch] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.microbatches, self.vocab_size, self.number, self.group = microbatches, vocab_size, number, group
+        self.read = read or (lambda microbatch: microbatch)
+        self._ahead: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._ahead.popleft() if self._ahead else next(self.microbatches)
+
+    def begin_step(self) -> AbstractContextManager[None]:
+        """Check the next step's microbatches, which are dropped where that raises. Collective."""
+        if torch.is_grad_enabled() and not self._ahead:
+            step = list(islice(self.microbatches, self.number()))
+            check_microbatches([self.read(each) for each in step], self.vocab_size, group=self.group)
+            self._ahead.extend(step)
+        return nullcontext()

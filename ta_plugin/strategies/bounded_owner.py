@@ -11,7 +11,7 @@ from ta_plugin.attention.layers import PackedTargets
 from ta_plugin.attention.sides import RowWeights
 from ta_plugin.bounded_space import BoundedSpace
 from ta_plugin.bounds import Bounds
-from ta_plugin.embedding import embed_owned, owners_of
+from ta_plugin.embedding import embed_owned, owners_of, vocab_size_of
 from ta_plugin.ops import expand
 from ta_plugin.ops.buckets import COMPACT
 from ta_plugin.parallel import Buckets, start_all_gather_rows, start_all_to_all_rows
@@ -62,9 +62,13 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
 
 
 def _owners(ids: Tensor, modules: AttentionModules) -> Tensor:
-    """The rank that owns each of ids (n,); some rank for wrong ones, which it reports."""
-    assert modules.bounds is not None
-    return owners_of(modules.embedding_fn, modules.group.size).owner_of(modules.bounds.within(ids))
+    """The rank that owns each of ids (n,); for wrong ones some rank or, where the embedding has a vocabulary and does not tell, none."""
+    fn, ranks, bounds = modules.embedding_fn, modules.group.size, modules.bounds
+    assert bounds is not None
+    owner = owners_of(fn, ranks).owner_of(bounds.within(ids))
+    if hasattr(fn, "owner_of") and vocab_size_of(fn) is None:
+        bounds.owners(owner, ranks)
+    return owner
 
 
 def _weights(request: Request, modules: AttentionModules) -> Tensor:
@@ -105,7 +109,8 @@ def _places(request: Request, modules: AttentionModules) -> Tensor:
     """Where the embeddings of the packed targets are in the answer, (Q,) int64."""
     assert request.targets is not None and request.target_ids is not None
     ids = request.targets.pack(request.target_ids)
-    return _owners(ids, modules) * ids.numel() + torch.arange(ids.numel(), device=ids.device)
+    owner = _owners(ids, modules).clamp(0, modules.group.size - 1)  # an answer to an id that nobody owns is not used
+    return owner * ids.numel() + torch.arange(ids.numel(), device=ids.device)
 
 
 def _target_rows(request: Request, answer: Moving | Arrived | None, places: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ta_plugin.embedding import embed_owned
+from ta_plugin.embedding import EmbeddingFn, embed_owned, vocab_size_of
 from ta_plugin.ops import Segments, segment_sum
 from ta_plugin.ops.target import RowsInPlace
 from ta_plugin.strategies.modules import AttentionModules
@@ -48,7 +48,7 @@ class OwnedTable:
     def in_place(self) -> tuple[Tensor, RowsInPlace] | None:
         """The whole table (R, E) and the rows of it that the space's rows name; None where the embedding does not offer it."""
         fn: Any = self.modules.embedding_fn
-        if not hasattr(fn, "in_place"):
+        if not _offers_rows(fn):
             return None
         table, rows = fn.in_place(self.tokens)
         if not table.is_contiguous():
@@ -64,7 +64,7 @@ class OwnedTable:
 def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
     """Embeddings (n, E) of ids (n,) that this rank owns; None where the embedding does not let them be read in place."""
     fn: Any = modules.embedding_fn
-    if not hasattr(fn, "in_place"):
+    if not _offers_rows(fn):
         return None
     with modules.beside.work("targets", ids):
         distinct = modules.distinct(ids)
@@ -76,6 +76,11 @@ def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
         return table.index_select(0, rows)
     anchor = torch.empty(0, device=table.device, requires_grad=True)
     return _Read.apply(anchor, table, rows, distinct.segments, record)
+
+
+def _offers_rows(fn: EmbeddingFn) -> bool:
+    """Whether rows are read in place: where ids can be checked before, since a wrong one would read some row in silence."""
+    return hasattr(fn, "in_place") and vocab_size_of(fn) is not None
 
 
 def _record(distinct: UniqueSpace, modules: AttentionModules, name: str) -> Record | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ta_plugin.attention.layers import PackedTargets, attend_before, attend_rows
-from ta_plugin.attention.projections import as_heads, with_one
+from ta_plugin.attention.projections import as_heads, one_dtype, with_one
 from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import RowWeights, Sides, target_weights
 from ta_plugin.attention.target import choose_target, target_attention
@@ -125,6 +125,7 @@ def _attend_embeddings(
     owned = keys.source if isinstance(keys.source, OwnedTable) else None
     if owned is not None and owned.in_place is not None:
         table, rows = as_heads(owned.in_place[0], heads, "embedding"), owned.in_place[1]
+        (q,) = one_dtype(q, table)
         if _gathers(scoring, q, table, None, keys, cutoffs):
             return _attend(scoring, q, targets, table, None, keys, cutoffs, rows)
     return _attend(scoring, q, targets, as_heads(keys.table, heads, "embedding"), None, keys, cutoffs)
@@ -145,6 +146,8 @@ def _attend(
     rows: of a table that is read in place, where a kernel covers the call
     """
     space = keys.space
+    q, *values = one_dtype(q, k_table, *([] if v_table is None else [v_table]))
+    v_table = values[0] if values else None
     if rows is not None or _gathers(scoring, q, k_table, v_table, keys, cutoffs):
         weight, q_chunk = keys.weights.weight, None
         if cutoffs is not None:

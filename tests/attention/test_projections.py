@@ -97,3 +97,16 @@ def test_head_counts_that_do_not_divide_are_refused() -> None:
         HeadProjections(num_heads=4, num_kv_heads=3)
     with pytest.raises(ValueError, match="must be a multiple of the 4 heads"):
         HeadProjections(num_heads=4).queries(rows(2))
+
+
+def test_rows_of_another_dtype_are_named() -> None:
+    p = projections(2)
+    q, out = torch.zeros(5, HEADS, DIM), torch.zeros(5, HEADS, EMBED + 1)
+    with pytest.raises(ValueError, match=r"queries are torch\.float32, but the key map is torch\.float64; cast one"):
+        p.absorb_queries(q)
+    with pytest.raises(
+        ValueError, match=r"attended rows are torch\.float32, but the value map is torch\.float64; cast one"
+    ):
+        p.unabsorb_values(out)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"queries are torch\.float32, but the query map is"):
+        p.queries(torch.zeros(5, EMBED))  # which torch does not cast either

@@ -76,3 +76,46 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     np.save(tmp_path / "short.npy", np.arange(3))
     result = CliRunner().invoke(app, ["analyze", str(tmp_path / "short.npy"), "--length", "4"])
     assert result.exit_code == 2 and "--length is 4" in result.output
+
+
+SMALL = "user_id:token\titem_id:token\ttimestamp:float\n" + "a\tx\t1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "says"),
+    [
+        (SMALL, ["--columns", "genre"], "--columns: 'genre' is not a column of"),
+        (SMALL, ["--columns", "genre"], "pass --item if it is a column of an .item file"),
+        (SMALL, ["--user-column", "uid"], "--user-column='uid' is not a column of"),
+        (SMALL, ["--item-column", "iid"], "--item-column='iid' is not a column of"),
+        (SMALL, ["--time-column", "when"], "--time-column='when' is not a column of"),
+        (SMALL, ["--time-column", "item_id"], "--time-column='item_id' of"),
+        (SMALL, ["--item", "none.item"], "none.item is not a file"),
+        (SMALL, ["--length", "0"], "Invalid value for '--length'"),
+        (SMALL.splitlines()[0], [], "holds no interactions"),
+        ("", [], "line 1 of"),
+        ("", [], "is empty; an atomic file starts with tab-separated name:type fields"),
+    ],
+)
+def test_mistakes_are_named_by_the_options_typed(content: str, arguments: list[str], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.inter"
+    path.write_text(content)
+    output = refused(path, *arguments)
+    assert says in output and "item_path" not in output, output
+
+
+def test_files_that_are_no_arrays(tmp_path: Path) -> None:
+    (tmp_path / "text.npy").write_bytes(b"1 2 3")
+    (tmp_path / "ids.bin").write_bytes(b"1234")
+    assert "is no array as numpy.save writes it" in refused(tmp_path / "text.npy")
+    for name in ("empty.npy", "empty.bin"):
+        (tmp_path / name).touch()
+        assert f"{name} is empty" in refused(tmp_path / name)
+    assert "dtype is 'int33'" in refused(tmp_path / "ids.bin", "--dtype", "int33")
+
+
+def refused(*arguments: object) -> str:
+    """The message, in one line."""
+    result = CliRunner().invoke(app, ["analyze", *map(str, arguments)])
+    assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+    return " ".join(result.output.replace("│", " ").split())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +154,11 @@ def test_prints_tables() -> None:
 def test_brackets_in_a_detail_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ops", lambda: [module.Line("Ops", "ta_cpu", "missing", "pip install deepspeed[some]")])
     assert "pip install deepspeed[some]" in CliRunner().invoke(app, ["report"]).output
+
+
+def test_json_is_all_that_goes_to_standard_output() -> None:
+    """Also where DeepSpeed has to say which accelerator it took."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "ta_plugin.cli.main", "report", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=True)
+    assert {"Hosts", "Ops", "Groups"} <= {line["section"] for line in json.loads(done.stdout)}

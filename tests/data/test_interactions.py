@@ -172,7 +172,7 @@ def test_unknown_columns(inter: Path, item: Path, arguments: dict, message: str)
 def test_bad_files(inter: Path, item: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a file"):
         load_interactions(tmp_path / "none.inter")
-    with pytest.raises(ValueError, match="no item_path was given"):
+    with pytest.raises(ValueError, match="pass item_path if it is a column of an"):
         load_interactions(inter, tokens=("class",))
     twice = write(tmp_path / "twice.item", ITEM + "7\ta\t1\n8\ta\t1\n7\tb\t1\n")
     with pytest.raises(ValueError, match="item_id=7 more than once"):

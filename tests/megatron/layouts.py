@@ -60,8 +60,8 @@ class Run:
     ddp: list[Any]
     optimizer: Any
 
-    def step(self, step: int) -> tuple[float | None, float]:
-        """Loss (on the last stage) and gradient norm of one optimizer step."""
+    def step(self, step: int, batches: Iterator[Any] | None = None) -> tuple[float | None, float]:
+        """Loss (on the last stage) and gradient norm of one optimizer step, on its own microbatches or on `batches`."""
         for model in self.ddp:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -71,7 +71,7 @@ class Run:
         several = len(self.ddp) > 1
         reports = get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=iterators if several else iterators[0],
+            data_iterator=batches or (iterators if several else iterators[0]),
             model=self.ddp if several else self.ddp[0],
             num_microbatches=len(mine),
             seq_length=capacity if isinstance(capacity, int) else sizes.length,

@@ -9,7 +9,7 @@ from dense_model import DenseModel, Sizes, microbatch
 from layouts import Layout, build, megatron
 from ranks import RankPool
 
-from ta_plugin.megatron import check_microbatches
+from ta_plugin.megatron import CheckedMicrobatches, check_microbatches
 
 SIZES = Sizes()
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -71,6 +71,51 @@ def test_a_bad_microbatch_of_one_stage_raises_on_every_stage(megatron_ranks: Cal
         assert message.startswith(says)
     expected, _ = DenseModel(SIZES).train(len(SPOIL))
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+
+
+def hooked_steps(layout: Layout) -> tuple[list[str], list[float | None]]:
+    """As `checked_steps`, by the schedule's hook alone: every second step's microbatches are bad on the last stage."""
+    messages, losses = [], []
+    with megatron(layout) as groups:
+        run = build(layout, groups)
+        last, batches = groups.pp.rank() == 1, []
+        for step, spoil in enumerate((bad_label, bad_length)):
+            good = [microbatch(SIZES, step, i) for i in range(SIZES.microbatches)]
+            bad = [(tokens.clone(), lengths.clone(), labels) for tokens, lengths, labels in good]
+            if last:
+                spoil(bad)
+            batches += [good, bad]
+        given = CheckedMicrobatches(
+            ({"text": each} for step in batches for each in step),
+            SIZES.vocab,
+            lambda: SIZES.microbatches,
+            read=lambda each: each["text"],
+        )
+        run.chunks[0].config.no_sync_func = given.begin_step
+        for step in range(len(batches)):
+            try:
+                losses.append(run.step(step, (each["text"] for each in given))[0])
+            except ValueError as error:
+                messages.append(str(error))
+    return messages, losses
+
+
+def test_the_schedules_hook_checks_a_step_before_it_begins(megatron_ranks: Callable[[int], RankPool]) -> None:
+    (first, _), (second, losses) = megatron_ranks(2).run(hooked_steps, Layout(pp=2))
+    assert first == second and len(first) == 2
+    for message, says in zip(first, (SPOIL[bad_label], SPOIL[bad_length]), strict=True):
+        assert message.startswith(says)
+    expected, _ = DenseModel(SIZES).train(2)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+
+
+def test_evaluation_is_not_checked_and_nothing_is_lost() -> None:
+    batches = [microbatch(SIZES, 0, i) for i in range(4)]
+    given = CheckedMicrobatches(iter(batches), SIZES.vocab, lambda: 2)
+    with torch.no_grad(), given.begin_step():
+        assert next(given) is batches[0]
+    with given.begin_step(), given.begin_step():
+        assert [next(given) is each for each in batches[1:]] == [True] * 3
 
 
 def test_one_process_checks_alone() -> None:

@@ -355,7 +355,7 @@ IN_PLACE = RowsInPlace(
         ({"v_table": torch.zeros(23, 1, 4), "backend": "compiled"}, "equal head dims"),
         ({"rows": IN_PLACE, "v_table": torch.zeros(23, 1, 8)}, "v_table is given with rows in place"),
         ({"rows": IN_PLACE, "backend": "expanded"}, "rows are read in place by backend 'compiled'"),
-        ({"q": torch.zeros(3, 4, 8).double(), "backend": "compiled"}, "needs the tables in q's dtype"),
+        ({"q": torch.zeros(3, 4, 8).double(), "backend": "compiled"}, "q is torch.float64, k_table"),
         ({"rows": torch.full((10,), 23), "backend": "compiled"}, r"rows\[0\] is 23 of 23"),
     ],
 )

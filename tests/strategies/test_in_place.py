@@ -168,3 +168,18 @@ def test_rows_written_to_before_backward_are_noticed() -> None:
     table.table.rows.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("what", ["tokens", "targets"])
+@pytest.mark.parametrize("bounds", [{}, {"row_bound": B * L}], ids=["", "bounded"])
+def test_a_wrong_id_is_refused_where_the_embedding_does_not_say_its_vocab_size(
+    what: str, bounds: dict[str, int]
+) -> None:
+    model, table = build("cpu", torch.float32, True, **bounds)
+    model.vocab_size = table.vocab_size = None  # type: ignore[assignment]
+    if model.bounds is not None:
+        model.bounds.vocab_size = None
+    given = batch("cpu")
+    given[what][0, 1] = V + 3
+    with pytest.raises(ValueError, match=rf"is {V + 3}, but vocab_size is {V}"):
+        model(**given)
