@@ -16,12 +16,16 @@ struct RowWorkspace {
   int max_tiles;
   float* lse;    // base 2; +inf for rows without keys and for padding: their weights 2^(score - lse) become 0
   float* delta;  // sum(out * dout) - dlse: what is subtracted from dP
-  float* dq;     // fp32 sums in fragment order, or null
+  float* dq;     // fp32 sums in fragment order
+  int* turns;    // how many tiles of keys have added to dq: one for every 32 rows (backward_turns.cuh)
 
   __device__ __forceinline__ int64_t row(int chunk, int head) const {
     return (int64_t(head) * max_tiles + plan.first[chunk]) * kRowTile;
   }
 };
+
+// Where the counters of a place in the workspaces begin, one for each warpgroup.
+__device__ __forceinline__ int turn_place(int64_t row) { return int(row / 32); }
 
 struct PrepareParameters {
   RowWorkspace rows;
@@ -60,11 +64,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
   const int64_t first_token = entry.begin;
   const int64_t place = (int64_t(head) * p.rows.max_tiles + blockIdx.x) * kRowTile;
 
-  if (p.rows.dq != nullptr) {
-    constexpr int kColumns = padded_columns(kHeadDim);
-    float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * kColumns);
-    for (int i = threadIdx.x; i < kRowTile * kColumns / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
-  }
+  constexpr int kColumns = padded_columns(kHeadDim);
+  float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * kColumns);
+  for (int i = threadIdx.x; i < kRowTile * kColumns / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
+  if (threadIdx.x < kRowTile / 32) p.rows.turns[turn_place(place) + threadIdx.x] = 0;
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 4
   for (int r = threadIdx.x / kLanes; r < kRowTile; r += kPrepareThreads / kLanes) {
