@@ -36,7 +36,7 @@ Workspace carve(Carver& carver, const Problem& p, bool deterministic, int multip
   w.rows.lse = static_cast<float*>(carver.take(rows * sizeof(float)));
   w.rows.delta = static_cast<float*>(carver.take(rows * sizeof(float)));
   w.rows.dq = static_cast<float*>(carver.take(rows * padded_columns(p.head_dim) * sizeof(float)));
-  w.rows.turns = static_cast<int*>(carver.take(rows / 32 * sizeof(int)));
+  w.rows.turns = static_cast<int*>(carver.take(rows / queries_of_step(p.head_dim) * sizeof(int)));
   // At most as many parts as rounds have blocks, and as tiles have pieces of queries.
   const int64_t pieces = int64_t(p.queries) * (p.heads / p.heads_kv) / kLeastPartQueries;
   const int64_t tiles = int64_t(Plan::max_tiles(p.keys, p.samples, kKeyTile)) * p.heads_kv;
@@ -129,7 +129,7 @@ cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStrea
   }
   if (p.queries == 0) return cudaSuccess;
 
-  constexpr int kQueries = BackwardShape<T, kHeadDim, false, false, false>::kQueries;
+  constexpr int kQueries = queries_of_step(kHeadDim);
   const FinishParameters finish{w.rows, g.dq, p.heads, p.scale};
   finish_dq_kernel<T, kHeadDim, kQueries>
       <<<dim3(w.rows.max_tiles * (kRowTile / kQueries), p.heads), 2 * kWarpgroup, 0, stream>>>(finish);

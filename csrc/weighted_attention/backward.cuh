@@ -36,7 +36,7 @@ struct BackwardParameters {
 
 // A run of a block's walk over queries: one head of one chunk.
 struct alignas(16) QueryRun {
-  int row, queries;  // row where the first step begins, and number of rows, of the chunk
+  int row, queries;  // first row to visit, and number of rows, of the chunk
   int workspace;     // tile of kQueries rows in the workspaces where the chunk begins; -1: the walk is over
   int chunk, head;
   bool new_weights;  // the keys' weights differ from those of the run before
@@ -50,9 +50,8 @@ struct BackwardShape {
   static constexpr bool kWeightGradient = kWeightGradient_;
   static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
-  static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
-  static constexpr int kStep = kRepeatable ? -kQueries : kQueries;  // of the walk
-  static constexpr int kHeldV = 2;  // steps of 16 columns of V that stay in registers
+  static constexpr int kQueries = queries_of_step(kHeadDim);
+  static constexpr int kHeldV = kRepeatable && kHeadDim == 64 ? 1 : 2;  // steps of 16 columns of V that stay in registers
   // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
   // the tiles of a causal last round are its cheapest.
   static constexpr bool kShares = !kRepeatable && !kCausal && shares_rounds(kHeadDim);
@@ -71,7 +70,7 @@ struct BackwardShape {
     Handover<QueryRun> runs;
     Tile tile;
     Share share;
-    Turn turns[2];
+    Turns turns;
     bool absent[kKeys];
     Barrier kv_landed;
     Barrier q_landed[kStages], q_free[kStages], dout_landed[kStages], dout_free[kStages];
@@ -80,8 +79,7 @@ struct BackwardShape {
 };
 
 // The walk: the chunks that see a key of the tile, in each the query heads that share the key head, in each the tiles
-// of queries (under a causal mask from the diagonal on), of these the block's share; with kRepeatable from the last to
-// the first.
+// of queries (under a causal mask from the diagonal on), of these the block's share.
 template <class Shape>
 __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared, const BackwardParameters& p,
                                                  const Tile& tile, const CUtensorMap* map_q,
@@ -108,14 +106,13 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
     const auto cut = [&](int64_t part) { return diagonal + int(steps * part / share.parts) * kQueries; };
     const int first_row = cut(share.part), end_row = min(queries, cut(share.part + 1));
     if (first_row >= end_row) continue;
-    const int begin = Shape::kRepeatable ? diagonal + (steps - 1) * kQueries : first_row;
     for (int head = first_head; head < first_head + group; ++head) {
       const int64_t place = p.rows.row(chunk, head);
-      shared.runs.put(next, {begin, end_row, int(place / kQueries), chunk, head,
+      shared.runs.put(next, {first_row, end_row, int(place / kQueries), chunk, head,
                              p.weight_stride_head != 0 || head == first_head});
       // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform ones.
 #pragma unroll (Shape::kRepeatable ? 1 : 2)
-      for (int row = begin; Shape::kRepeatable ? row >= diagonal : row < end_row; row += Shape::kStep) {
+      for (int row = first_row; row < end_row; row += kQueries) {
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
         barrier_expect(&shared.q_landed[at.stage], kTileBytes);
         load_tile<T, kQueries, kHeadDim>(shared.q[at.stage], map_q, &shared.q_landed[at.stage], head, query + row);
@@ -231,12 +228,12 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     wgmma_wait<0>();
     pin(dq);
     warp_arrive(&shared.ds_free[of_turn & 1]);
-    if constexpr (Shape::kRepeatable) barrier_wait(&shared.turns[consumer].come, of_turn & 1);
+    if constexpr (Shape::kRepeatable) barrier_wait(&shared.turns.come[of_turn & 1], of_turn >> 1 & 1);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       add_to_global(sums + i * 4 * kWarpgroup, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
     }
-    if constexpr (Shape::kRepeatable) warp_arrive(&shared.turns[consumer].added);
+    if constexpr (Shape::kRepeatable) warp_arrive(&shared.turns.added[of_turn & 1]);
   };
   const auto write_weight_gradient = [&](int64_t place) {
 #pragma unroll
@@ -282,8 +279,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       }
     }
 
-    const int end = Shape::kCausal ? tile.row : 0;
-    for (int row = run.row; Shape::kRepeatable ? row >= end : row < run.queries; row += Shape::kStep) {
+    for (int row = run.row; row < run.queries; row += kQueries) {
       // Descriptors are rebuilt in every step: hoisted out of the loop they would fill the registers.
       const uint32_t base = recomputed(shared_address(&shared));
       const uint32_t k = base + offsetof(typename Shape::Shared, k) + consumer * 64 * kPanelBytes;
@@ -410,7 +406,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if constexpr (Shape::kRepeatable) {
     if (threadIdx.x == 0) {
       const int place = atomicAdd(p.plan.next, 1);
-      shared.tile = find_tile_abreast(p.plan, place, p.heads_kv, Shape::kKeys, p.rows_together);
+      shared.tile = find_tile_abreast(p.plan, place, p.heads_kv, Shape::kKeys, p.rows_together, Shape::kCausal);
       if (place >= *p.plan.total * p.heads_kv) shared.tile.owner = -1;
     }
     __syncthreads();
@@ -445,8 +441,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       barrier_init(&shared.ds_written[i], kConsumerWarps);
       barrier_init(&shared.ds_free[i], kConsumerWarps);
-      shared.turns[i].init(kConsumerWarps / 2);
     }
+    shared.turns.init(kConsumerWarps);
     barrier_init_fence();
     if constexpr (Shape::kShares) shared.tile = tile, shared.share = share;
   }
@@ -457,12 +453,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     registers_release<24>();
-    const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) backward_produce<Shape>(shared, p, own, &map_q, &map_dout, &map_k, &map_v);
     if constexpr (Shape::kRepeatable) {
-      if (threadIdx.x % 32 == 0 && (warp == 1 || warp == 2)) {
-        keep_turns<Shape>(shared, p.rows.turns, own.row / Shape::kKeys, Shape::kCausal ? own.row : 0, warp - 1);
-      }
+      if (threadIdx.x == 32) await_turns<Shape>(shared, p.rows.turns, own);
+      if (threadIdx.x == 64) hand_on_turns<Shape>(shared, p.rows.turns);
     }
   } else {
     registers_acquire<240>();

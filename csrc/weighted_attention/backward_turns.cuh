@@ -1,11 +1,11 @@
 // Additions to dq in a fixed order, so that backward repeats to the bit.
 //
-// The tiles of keys of a head add to a tile of queries one after the other, the first keys first. How many have done so is
-// counted in device memory, for each of the two warpgroups by itself, as they add to different sums. Blocks take tiles as
-// they begin, those of a head in that order (find_tile_abreast): whoever is waited for has begun, so nobody waits forever.
-// All walk the queries from the last to the first, where under a causal mask the walks of all of a head's tiles overlap.
+// The tiles of keys of a head add to a tile of queries one after the other, the first keys first; under a causal mask the
+// last first, since every tile begins at its diagonal, where it is then the first to add: nobody begins by waiting. How many
+// have added is counted in device memory. Blocks take tiles as they begin, those of a head in that order
+// (find_tile_abreast): whoever is waited for has begun, so nobody waits forever.
 //
-// One thread for each warpgroup waits for its turns and hands them on, so that no warpgroup polls or fences.
+// One thread waits for turns and one hands them on, so that no warpgroup polls or fences.
 #pragma once
 
 #include "backward_rows.cuh"
@@ -13,37 +13,52 @@
 
 namespace weighted_attention {
 
-struct Turn {
-  Barrier come, added;
+struct Turns {
+  Barrier come[2], added[2], handed[2];  // of steps, two at a time
 
   __device__ void init(int consumer_warps) {
-    barrier_init(&come, 1);
-    barrier_init(&added, consumer_warps);
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&come[i], 1);
+      barrier_init(&added[i], consumer_warps);
+      barrier_init(&handed[i], 1);
+    }
   }
 };
 
-// The walk of the thread that keeps the turns of warpgroup `consumer`, for the tile of keys number `turn`. It goes with
-// the walk of the warpgroup (backward_consume), whose rows end at `end_row`.
-template <class Shape>
-__device__ __forceinline__ void keep_turns(typename Shape::Shared& shared, int* turns, int turn, int end_row,
-                                           int consumer) {
-  Turn& own = shared.turns[consumer];
+// Goes with the warpgroups' walk over queries; do_step gets the row and the place of the counter of each step.
+template <class Shape, class Step>
+__device__ __forceinline__ void walk_turns(typename Shape::Shared& shared, Step do_step) {
   Cursor<decltype(shared.runs)::kStages> next;
-  uint32_t phase = 0;
+  Cursor<2> at;
   for (;;) {
     const auto run = shared.runs.template get<false>(next);
     if (run.workspace < 0) return;
-    int* counter = turns + turn_place(run.workspace * Shape::kQueries + run.row) + consumer;
-    for (int row = run.row; row >= end_row; row -= Shape::kQueries) {
-      while (read_counter(counter) < turn) {
-      }
-      barrier_arrive(&own.come);
-      barrier_wait(&own.added, phase);
-      count_up(counter);
-      counter -= turn_place(Shape::kQueries);
-      phase ^= 1;
+    for (int row = run.row; row < run.queries; row += Shape::kQueries) {
+      do_step(row, run.workspace + row / Shape::kQueries, at);
+      at.advance();
     }
   }
+}
+
+template <class Shape>
+__device__ __forceinline__ void await_turns(typename Shape::Shared& shared, const int* turns, const Tile& tile) {
+  const int own = tile.row / Shape::kKeys, last = (tile.length - 1) / Shape::kKeys;
+  walk_turns<Shape>(shared, [&](int row, int place, const Cursor<2>& at) {
+    const int turn = Shape::kCausal ? min(last, row / Shape::kKeys) - own : own;
+    barrier_wait(&shared.turns.handed[at.stage], at.phase ^ 1);
+    while (read_counter(turns + place) < turn) {
+    }
+    barrier_arrive(&shared.turns.come[at.stage]);
+  });
+}
+
+template <class Shape>
+__device__ __forceinline__ void hand_on_turns(typename Shape::Shared& shared, int* turns) {
+  walk_turns<Shape>(shared, [&](int, int place, const Cursor<2>& at) {
+    barrier_wait(&shared.turns.added[at.stage], at.phase);
+    count_up(turns + place);
+    barrier_arrive(&shared.turns.handed[at.stage]);
+  });
 }
 
 }  // namespace weighted_attention
