@@ -403,15 +403,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   Tile tile;
   Share share{0, 1, -1};
-  if constexpr (Shape::kRepeatable) {
-    if (threadIdx.x == 0) {
-      const int place = atomicAdd(p.plan.next, 1);
-      shared.tile = find_tile_abreast(p.plan, place, p.heads_kv, Shape::kKeys, p.rows_together, Shape::kCausal);
-      if (place >= *p.plan.total * p.heads_kv) shared.tile.owner = -1;
-    }
-    __syncthreads();
-    if (shared.tile.owner < 0) return;
-  } else {
+  if constexpr (!Shape::kRepeatable) {
     // Beyond the list the entry holds rubbish; read at once with the list's length, it costs no second wait.
     const int place = Shape::kShares ? min(blockIdx.x, gridDim.x - p.parts.most - 1) : blockIdx.x;
     tile = find_tile(p.plan, place, p.heads_kv, Shape::kKeys);
@@ -429,6 +421,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
   if (threadIdx.x == 0) {
+    const int place = Shape::kRepeatable ? atomicAdd(p.plan.next, 1) : 0;
     constexpr int kConsumerWarps = kConsumerThreads / 32;
     barrier_init(&shared.kv_landed, 1);
     shared.runs.init(kConsumerWarps + (Shape::kRepeatable ? 2 : 0));
@@ -445,8 +438,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     shared.turns.init(kConsumerWarps);
     barrier_init_fence();
     if constexpr (Shape::kShares) shared.tile = tile, shared.share = share;
+    if constexpr (Shape::kRepeatable) {
+      shared.tile = find_tile_abreast(p.plan, place, p.heads_kv, Shape::kKeys, p.rows_together, Shape::kCausal);
+      if (place >= *p.plan.total * p.heads_kv) shared.tile.owner = -1;
+    }
   }
   __syncthreads();
+
+  if (Shape::kRepeatable && shared.tile.owner < 0) return;
 
   // A tile found in two ways is read where it is used: kept, it would fill the registers.
   const Tile& own = Shape::kShares || Shape::kRepeatable ? shared.tile : tile;
