@@ -4,8 +4,8 @@
 // warpgroup owns 64 keys, P^T and dS^T leave the softmax as the register operands of dV += P^T dO and dK += dS^T Q, and
 // the weight of a key is one number per fragment row.
 //
-// dS also goes through shared memory into dQ = dS K, which is added to fp32 sums in device memory: in any order, or with
-// kRepeatable in a fixed one (backward_turns.cuh).
+// dS also goes through shared memory into dQ = dS K, which is added to fp32 sums in device memory: in any order, or,
+// with kRepeatable, in a fixed one (backward_turns.cuh).
 #pragma once
 
 #include "backward_rows.cuh"
@@ -51,7 +51,8 @@ struct BackwardShape {
   static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
   static constexpr int kQueries = queries_of_step(kHeadDim);
-  static constexpr int kHeldV = kRepeatable && kHeadDim == 64 ? 1 : 2;  // steps of 16 columns of V that stay in registers
+  // Steps of 16 columns of V that stay in registers.
+  static constexpr int kHeldV = kRepeatable && kHeadDim == 64 ? 1 : 2;
   // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
   // the tiles of a causal last round are its cheapest.
   static constexpr bool kShares = !kRepeatable && !kCausal && shares_rounds(kHeadDim);
@@ -110,7 +111,8 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
       const int64_t place = p.rows.row(chunk, head);
       shared.runs.put(next, {first_row, end_row, int(place / kQueries), chunk, head,
                              p.weight_stride_head != 0 || head == first_head});
-      // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform ones.
+      // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform
+      // ones, though not with kRepeatable.
 #pragma unroll (Shape::kRepeatable ? 1 : 2)
       for (int row = first_row; row < end_row; row += kQueries) {
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
@@ -421,7 +423,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
   if (threadIdx.x == 0) {
-    const int place = Shape::kRepeatable ? atomicAdd(p.plan.next, 1) : 0;
+    const int place = Shape::kRepeatable ? atomicAdd(p.plan.next, 1) : 0;  // looked up when the barriers are set up
     constexpr int kConsumerWarps = kConsumerThreads / 32;
     barrier_init(&shared.kv_landed, 1);
     shared.runs.init(kConsumerWarps + (Shape::kRepeatable ? 2 : 0));
@@ -444,7 +446,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   }
   __syncthreads();
-
   if (Shape::kRepeatable && shared.tile.owner < 0) return;
 
   // A tile found in two ways is read where it is used: kept, it would fill the registers.

@@ -1,8 +1,8 @@
 // Additions to dq in a fixed order, so that backward repeats to the bit.
 //
-// The tiles of keys of a head add to a tile of queries one after the other, the first keys first; under a causal mask the
-// last first, since every tile begins at its diagonal, where it is then the first to add: nobody begins by waiting. How many
-// have added is counted in device memory. Blocks take tiles as they begin, those of a head in that order
+// The tiles of keys of a head add to a tile of queries one after the other, the first keys first; under a causal mask
+// the last first, since every tile begins at its diagonal, where it is then the first to add: nobody begins by waiting.
+// How many have added is counted in device memory. Blocks take tiles as they begin, those of a head in that order
 // (find_tile_abreast): whoever is waited for has begun, so nobody waits forever.
 //
 // One thread waits for turns and one hands them on, so that no warpgroup polls or fences.

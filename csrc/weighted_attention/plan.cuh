@@ -89,8 +89,8 @@ __device__ __forceinline__ Tile find_tile(const Plan& plan, int linear, int head
   return tile;
 }
 
-// The same in another order: so many of an owner's heads together as have up to `rows_together` rows on the other side, all
-// their first tiles, then all their second ones.
+// The same in another order: so many of an owner's heads together as have up to `rows_together` rows on the other side,
+// all their first tiles, then all their second ones; `reverse`: from the last tiles on.
 __device__ __forceinline__ Tile find_tile_abreast(const Plan& plan, int linear, int heads, int rows, int rows_together,
                                                   bool reverse) {
   const TileEntry entry = plan.entries[linear / heads];
