@@ -1,9 +1,7 @@
-// Launches the backward pass: plan, rows, keys with the sums of shared tiles, and then either the conversion of dq's
-// sums or its own kernel.
+// Launches the backward pass: plan, rows, keys with the sums of shared tiles, and the conversion of dq's sums.
 #include <algorithm>
 
 #include "backward.cuh"
-#include "backward_dq.cuh"
 #include "launch.cuh"
 
 namespace weighted_attention {
@@ -37,8 +35,8 @@ Workspace carve(Carver& carver, const Problem& p, bool deterministic, int multip
   const size_t rows = size_t(w.rows.max_tiles) * kRowTile * p.heads;
   w.rows.lse = static_cast<float*>(carver.take(rows * sizeof(float)));
   w.rows.delta = static_cast<float*>(carver.take(rows * sizeof(float)));
-  w.rows.dq =
-      deterministic ? nullptr : static_cast<float*>(carver.take(rows * padded_columns(p.head_dim) * sizeof(float)));
+  w.rows.dq = static_cast<float*>(carver.take(rows * padded_columns(p.head_dim) * sizeof(float)));
+  w.rows.turns = static_cast<int*>(carver.take(rows / queries_of_step(p.head_dim) * sizeof(int)));
   // At most as many parts as rounds have blocks, and as tiles have pieces of queries.
   const int64_t pieces = int64_t(p.queries) * (p.heads / p.heads_kv) / kLeastPartQueries;
   const int64_t tiles = int64_t(Plan::max_tiles(p.keys, p.samples, kKeyTile)) * p.heads_kv;
@@ -50,6 +48,12 @@ Workspace carve(Carver& carver, const Problem& p, bool deterministic, int multip
   w.parts.sums =
       static_cast<float4*>(carver.take(size_t(w.parts.most) * 2 * kKeyTile * p.head_dim * sizeof(float)));
   return w;
+}
+
+// Rows of queries, of all heads together, whose q, dout and sums of dq fit L2.
+int rows_together(const Problem& p) {
+  constexpr int kBytes = 32 << 20;
+  return kBytes / (padded_columns(p.head_dim) * 8) / (p.heads / p.heads_kv);
 }
 
 template <class Shape, class Parameters, class... Maps>
@@ -75,7 +79,7 @@ cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w
                                       g.dk,                  g.dv,
                                       g.dlog_weight,         p.keys,
                                       p.heads,               p.heads_kv,
-                                      p.scale};
+                                      rows_together(p),      p.scale};
   const int tiles = Plan::max_tiles(p.keys, p.samples, kKeyTile) * p.heads_kv;
   const int blocks = tiles + w.parts.most;
   TA_RETURN_IF_ERROR(launch_shape<Shape>(backward_kernel<Shape>, blocks, stream, q, dout, k, v, parameters));
@@ -88,12 +92,12 @@ cudaError_t launch_keys(const Problem& p, const Gradients& g, const Workspace& w
   return cudaGetLastError();
 }
 
-template <typename T, int kHeadDim, bool kAccumulateDq, bool kCausal>
+template <typename T, int kHeadDim, bool kRepeatable, bool kCausal>
 cudaError_t launch_keys_for(const Problem& p, const Gradients& g, const Workspace& w, const CUtensorMap& k,
                             const CUtensorMap& v, cudaStream_t stream) {
   return g.dlog_weight != nullptr
-             ? launch_keys<BackwardShape<T, kHeadDim, kAccumulateDq, true, kCausal>>(p, g, w, k, v, stream)
-             : launch_keys<BackwardShape<T, kHeadDim, kAccumulateDq, false, kCausal>>(p, g, w, k, v, stream);
+             ? launch_keys<BackwardShape<T, kHeadDim, kRepeatable, true, kCausal>>(p, g, w, k, v, stream)
+             : launch_keys<BackwardShape<T, kHeadDim, kRepeatable, false, kCausal>>(p, g, w, k, v, stream);
 }
 
 template <typename T, int kHeadDim>
@@ -117,27 +121,15 @@ cudaError_t launch(const Problem& p, const Gradients& g, void* memory, cudaStrea
   TA_RETURN_IF_ERROR(make_map(&k, p.type, p.k, p.keys, p.heads_kv, p.head_dim, kKeyTile));
   TA_RETURN_IF_ERROR(make_map(&v, p.type, p.v, p.keys, p.heads_kv, p.head_dim, kKeyTile));
   if (p.keys > 0) {
-    const auto keys = p.causal ? (g.deterministic ? launch_keys_for<T, kHeadDim, false, true>
-                                                  : launch_keys_for<T, kHeadDim, true, true>)
-                               : (g.deterministic ? launch_keys_for<T, kHeadDim, false, false>
-                                                  : launch_keys_for<T, kHeadDim, true, false>);
+    const auto keys = p.causal ? (g.deterministic ? launch_keys_for<T, kHeadDim, true, true>
+                                                  : launch_keys_for<T, kHeadDim, false, true>)
+                               : (g.deterministic ? launch_keys_for<T, kHeadDim, true, false>
+                                                  : launch_keys_for<T, kHeadDim, false, false>);
     TA_RETURN_IF_ERROR(keys(p, g, w, k, v, stream));
   }
   if (p.queries == 0) return cudaSuccess;
 
-  if (g.deterministic) {
-    using Shape = BackwardDqShape<T, kHeadDim>;
-    CUtensorMap q, dout;
-    TA_RETURN_IF_ERROR(make_map(&q, p.type, p.q, p.queries, p.heads, p.head_dim, Shape::kQueries));
-    TA_RETURN_IF_ERROR(make_map(&dout, p.type, g.dout, p.queries, p.heads, p.head_dim, Shape::kQueries));
-    const BackwardDqParameters parameters{
-        w.rows.plan,          w.rows, p.log_weight, p.weight_stride_chunk, p.weight_stride_key,
-        p.weight_stride_head, g.dq,   p.heads,      p.heads / p.heads_kv,  p.scale,
-        p.causal};
-    return launch_shape<Shape>(backward_dq_kernel<Shape>, w.rows.max_tiles * p.heads, stream, q, dout, k, v,
-                               parameters);
-  }
-  constexpr int kQueries = BackwardShape<T, kHeadDim, true, false, false>::kQueries;
+  constexpr int kQueries = queries_of_step(kHeadDim);
   const FinishParameters finish{w.rows, g.dq, p.heads, p.scale};
   finish_dq_kernel<T, kHeadDim, kQueries>
       <<<dim3(w.rows.max_tiles * (kRowTile / kQueries), p.heads), 2 * kWarpgroup, 0, stream>>>(finish);

@@ -4,13 +4,13 @@
 // warpgroup owns 64 keys, P^T and dS^T leave the softmax as the register operands of dV += P^T dO and dK += dS^T Q, and
 // the weight of a key is one number per fragment row.
 //
-// With kAccumulateDq, dS also goes through shared memory into dQ = dS K, which is added to fp32 sums in device memory:
-// five products in all, but the order of those additions varies. Without it, backward_dq.cuh computes dq on its own,
-// repeatably, for seven.
+// dS also goes through shared memory into dQ = dS K, which is added to fp32 sums in device memory: in any order, or,
+// with kRepeatable, in a fixed one (backward_turns.cuh).
 #pragma once
 
 #include "backward_rows.cuh"
 #include "backward_shares.cuh"
+#include "backward_turns.cuh"
 #include "pipeline.cuh"
 
 namespace weighted_attention {
@@ -26,6 +26,7 @@ struct BackwardParameters {
   void* dv;
   float* dlog_weight;
   int keys, heads, heads_kv;
+  int rows_together;  // find_tile_abreast
   float scale;
 
   __device__ __forceinline__ int64_t weight_place(int chunk, int key, int head) const {
@@ -41,19 +42,20 @@ struct alignas(16) QueryRun {
   bool new_weights;  // the keys' weights differ from those of the run before
 };
 
-template <typename T_, int kHeadDim_, bool kAccumulateDq_, bool kWeightGradient_, bool kCausal_>
+template <typename T_, int kHeadDim_, bool kRepeatable_, bool kWeightGradient_, bool kCausal_>
 struct BackwardShape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kAccumulateDq = kAccumulateDq_;
+  static constexpr bool kRepeatable = kRepeatable_;
   static constexpr bool kWeightGradient = kWeightGradient_;
   static constexpr bool kCausal = kCausal_;
   static constexpr int kKeys = 128;
-  static constexpr int kQueries = kHeadDim == 64 ? 128 : 64;
-  static constexpr int kHeldV = 2;  // steps of 16 columns of V that stay in registers
+  static constexpr int kQueries = queries_of_step(kHeadDim);
+  // Steps of 16 columns of V that stay in registers.
+  static constexpr int kHeldV = kRepeatable && kHeadDim == 64 ? 1 : 2;
   // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
   // the tiles of a causal last round are its cheapest.
-  static constexpr bool kShares = kAccumulateDq && !kCausal && shares_rounds(kHeadDim);
+  static constexpr bool kShares = !kRepeatable && !kCausal && shares_rounds(kHeadDim);
   static constexpr int kStages = 2;
   static constexpr int kThreads = 3 * kWarpgroup;
 
@@ -63,12 +65,13 @@ struct BackwardShape {
     alignas(1024) T q[kStages][kQueries * padded_columns(kHeadDim)];
     alignas(1024) T dout[kStages][kQueries * padded_columns(kHeadDim)];
     // Key by key, in panels of 64 queries.
-    alignas(1024) T ds[kAccumulateDq ? 2 : 1][kAccumulateDq ? kKeys * kQueries : 1];
+    alignas(1024) T ds[2][kKeys * kQueries];
     alignas(16) float lse[kStages][kQueries];
     alignas(16) float delta[kStages][kQueries];
     Handover<QueryRun> runs;
     Tile tile;
     Share share;
+    Turns turns;
     bool absent[kKeys];
     Barrier kv_landed;
     Barrier q_landed[kStages], q_free[kStages], dout_landed[kStages], dout_free[kStages];
@@ -108,8 +111,9 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
       const int64_t place = p.rows.row(chunk, head);
       shared.runs.put(next, {first_row, end_row, int(place / kQueries), chunk, head,
                              p.weight_stride_head != 0 || head == first_head});
-      // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform ones.
-#pragma unroll 2
+      // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform
+      // ones, though not with kRepeatable.
+#pragma unroll (Shape::kRepeatable ? 1 : 2)
       for (int row = first_row; row < end_row; row += kQueries) {
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
         barrier_expect(&shared.q_landed[at.stage], kTileBytes);
@@ -226,10 +230,12 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     wgmma_wait<0>();
     pin(dq);
     warp_arrive(&shared.ds_free[of_turn & 1]);
+    if constexpr (Shape::kRepeatable) barrier_wait(&shared.turns.come[of_turn & 1], of_turn >> 1 & 1);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       add_to_global(sums + i * 4 * kWarpgroup, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
     }
+    if constexpr (Shape::kRepeatable) warp_arrive(&shared.turns.added[of_turn & 1]);
   };
   const auto write_weight_gradient = [&](int64_t place) {
 #pragma unroll
@@ -336,23 +342,21 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       wgmma_fence();
       multiply_fragments<T, kHeadDim, kQueries, kQueries>(dv, packed, dout, true);
       wgmma_commit();
-      if constexpr (Shape::kAccumulateDq) {
-        const int lane = threadIdx.x % 32;
-        const int ds_key = consumer * 64 + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
-        const uint32_t ds = shared_address(shared.ds[turn & 1]);
-        barrier_wait(&shared.ds_free[turn & 1], (turn >> 1 & 1) ^ 1);
+      const int lane = threadIdx.x % 32;
+      const int ds_key = consumer * 64 + thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8;
+      const uint32_t ds = shared_address(shared.ds[turn & 1]);
+      barrier_wait(&shared.ds_free[turn & 1], (turn >> 1 & 1) ^ 1);
 #pragma unroll
-        for (int i = 0; i < kQueries / 16; ++i) {
-          const int chunk = 2 * i + lane / 16;  // of 8 queries
-          store_matrix(ds + (chunk / 8 * kKeys + ds_key) * kPanelBytes + (chunk % 8 ^ ds_key % 8) * 16,
-                       packed_ds[4 * i], packed_ds[4 * i + 1], packed_ds[4 * i + 2], packed_ds[4 * i + 3]);
-        }
-        fence_proxy_async();
-        warp_arrive(&shared.ds_written[turn & 1]);
-        if (turn > 0) add_dq(turn - 1, base);
-        sums = p.rows.dq + (int64_t(run.workspace) * kQueries + row) * kDqColumns +
-               (consumer * 8 * kWarpgroup + thread) * 4;
+      for (int i = 0; i < kQueries / 16; ++i) {
+        const int chunk = 2 * i + lane / 16;  // of 8 queries
+        store_matrix(ds + (chunk / 8 * kKeys + ds_key) * kPanelBytes + (chunk % 8 ^ ds_key % 8) * 16,
+                     packed_ds[4 * i], packed_ds[4 * i + 1], packed_ds[4 * i + 2], packed_ds[4 * i + 3]);
       }
+      fence_proxy_async();
+      warp_arrive(&shared.ds_written[turn & 1]);
+      if (turn > 0) add_dq(turn - 1, base);
+      sums = p.rows.dq + (int64_t(run.workspace) * kQueries + row) * kDqColumns +
+             (consumer * 8 * kWarpgroup + thread) * 4;
       pin(dk), pin(packed_ds);
       wgmma_fence();
       multiply_fragments<T, kHeadDim, kQueries, kQueries>(dk, packed_ds, q, true);
@@ -366,9 +370,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       at.advance();
     }
   }
-  if constexpr (Shape::kAccumulateDq) {
-    if (turn > 0) add_dq(turn - 1, recomputed(shared_address(&shared)));
-  }
+  if (turn > 0) add_dq(turn - 1, recomputed(shared_address(&shared)));
   if constexpr (Shape::kWeightGradient) {
     if (turn > 0) write_weight_gradient(gradient_place);
   }
@@ -401,26 +403,30 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                     const __grid_constant__ BackwardParameters p) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
-  // Beyond the list the entry holds rubbish; read at once with the list's length, it costs no second wait.
-  const int place = Shape::kShares ? min(blockIdx.x, gridDim.x - p.parts.most - 1) : blockIdx.x;
-  Tile tile = find_tile(p.plan, place, p.heads_kv, Shape::kKeys);
-  const int tiles = *p.plan.total * p.heads_kv;
+  Tile tile;
   Share share{0, 1, -1};
-  if constexpr (Shape::kShares) {
-    if (int(blockIdx.x) >= whole_rounds(tiles, p.parts)) {
-      const Cut cut = find_cut(p.plan, p.heads_kv, p.heads / p.heads_kv, p.parts);
-      const int number = blockIdx.x - cut.whole;
-      if (number >= cut.rest * cut.parts) return;
-      share = find_share(cut, number);
-      tile = find_tile(p.plan, cut.whole + number / cut.parts, p.heads_kv, Shape::kKeys);
+  if constexpr (!Shape::kRepeatable) {
+    // Beyond the list the entry holds rubbish; read at once with the list's length, it costs no second wait.
+    const int place = Shape::kShares ? min(blockIdx.x, gridDim.x - p.parts.most - 1) : blockIdx.x;
+    tile = find_tile(p.plan, place, p.heads_kv, Shape::kKeys);
+    const int tiles = *p.plan.total * p.heads_kv;
+    if constexpr (Shape::kShares) {
+      if (int(blockIdx.x) >= whole_rounds(tiles, p.parts)) {
+        const Cut cut = find_cut(p.plan, p.heads_kv, p.heads / p.heads_kv, p.parts);
+        const int number = blockIdx.x - cut.whole;
+        if (number >= cut.rest * cut.parts) return;
+        share = find_share(cut, number);
+        tile = find_tile(p.plan, cut.whole + number / cut.parts, p.heads_kv, Shape::kKeys);
+      }
+    } else {
+      if (blockIdx.x >= tiles) return;
     }
-  } else {
-    if (blockIdx.x >= tiles) return;
   }
   if (threadIdx.x == 0) {
+    const int place = Shape::kRepeatable ? atomicAdd(p.plan.next, 1) : 0;  // looked up when the barriers are set up
     constexpr int kConsumerWarps = kConsumerThreads / 32;
     barrier_init(&shared.kv_landed, 1);
-    shared.runs.init(kConsumerWarps);
+    shared.runs.init(kConsumerWarps + (Shape::kRepeatable ? 2 : 0));
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(&shared.q_landed[i], 1);
       barrier_init(&shared.q_free[i], kConsumerWarps);
@@ -431,17 +437,27 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       barrier_init(&shared.ds_written[i], kConsumerWarps);
       barrier_init(&shared.ds_free[i], kConsumerWarps);
     }
+    shared.turns.init(kConsumerWarps);
     barrier_init_fence();
     if constexpr (Shape::kShares) shared.tile = tile, shared.share = share;
+    if constexpr (Shape::kRepeatable) {
+      shared.tile = find_tile_abreast(p.plan, place, p.heads_kv, Shape::kKeys, p.rows_together, Shape::kCausal);
+      if (place >= *p.plan.total * p.heads_kv) shared.tile.owner = -1;
+    }
   }
   __syncthreads();
+  if (Shape::kRepeatable && shared.tile.owner < 0) return;
 
   // A tile found in two ways is read where it is used: kept, it would fill the registers.
-  const Tile& own = Shape::kShares ? shared.tile : tile;
+  const Tile& own = Shape::kShares || Shape::kRepeatable ? shared.tile : tile;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     registers_release<24>();
     if (threadIdx.x == 0) backward_produce<Shape>(shared, p, own, &map_q, &map_dout, &map_k, &map_v);
+    if constexpr (Shape::kRepeatable) {
+      if (threadIdx.x == 32) await_turns<Shape>(shared, p.rows.turns, own);
+      if (threadIdx.x == 64) hand_on_turns<Shape>(shared, p.rows.turns);
+    }
   } else {
     registers_acquire<240>();
     backward_consume<Shape>(shared, p, own, warpgroup - 1);

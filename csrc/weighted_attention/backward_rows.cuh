@@ -11,12 +11,16 @@ namespace weighted_attention {
 
 constexpr int kRowTile = 128;
 
+// Queries of a step of the walk over them.
+__host__ __device__ constexpr int queries_of_step(int head_dim) { return head_dim == 64 ? 128 : 64; }
+
 struct RowWorkspace {
   Plan plan;   // tiles of kRowTile queries
   int max_tiles;
   float* lse;    // base 2; +inf for rows without keys and for padding: their weights 2^(score - lse) become 0
   float* delta;  // sum(out * dout) - dlse: what is subtracted from dP
-  float* dq;     // fp32 sums in fragment order, or null
+  float* dq;     // fp32 sums in fragment order
+  int* turns;    // how many tiles of keys have added to dq, for each tile of queries (backward_turns.cuh)
 
   __device__ __forceinline__ int64_t row(int chunk, int head) const {
     return (int64_t(head) * max_tiles + plan.first[chunk]) * kRowTile;
@@ -53,6 +57,7 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const PrepareParameters p) {
   using Pair = typename Pair<T>::Type;
   constexpr int kLanes = padded_columns(kHeadDim) / 8;  // of one row, 16 bytes each
+  constexpr int kTurns = kRowTile / queries_of_step(kHeadDim);
   if (blockIdx.x >= *p.rows.plan.total) return;
   const int head = blockIdx.y;
   const TileEntry entry = p.rows.plan.entries[blockIdx.x];
@@ -60,11 +65,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
   const int64_t first_token = entry.begin;
   const int64_t place = (int64_t(head) * p.rows.max_tiles + blockIdx.x) * kRowTile;
 
-  if (p.rows.dq != nullptr) {
-    constexpr int kColumns = padded_columns(kHeadDim);
-    float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * kColumns);
-    for (int i = threadIdx.x; i < kRowTile * kColumns / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
-  }
+  constexpr int kColumns = padded_columns(kHeadDim);
+  float4* zeros = reinterpret_cast<float4*>(p.rows.dq + place * kColumns);
+  for (int i = threadIdx.x; i < kRowTile * kColumns / 4; i += kPrepareThreads) zeros[i] = make_float4(0, 0, 0, 0);
+  if (threadIdx.x < kTurns) p.rows.turns[place / kRowTile * kTurns + threadIdx.x] = 0;
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 4
   for (int r = threadIdx.x / kLanes; r < kRowTile; r += kPrepareThreads / kLanes) {

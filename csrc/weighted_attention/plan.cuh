@@ -89,6 +89,22 @@ __device__ __forceinline__ Tile find_tile(const Plan& plan, int linear, int head
   return tile;
 }
 
+// The same in another order: so many of an owner's heads together as have up to `rows_together` rows on the other side,
+// all their first tiles, then all their second ones; `reverse`: from the last tiles on.
+__device__ __forceinline__ Tile find_tile_abreast(const Plan& plan, int linear, int heads, int rows, int rows_together,
+                                                  bool reverse) {
+  const TileEntry entry = plan.entries[linear / heads];
+  const int together = max(1, min(heads, rows_together / max(1, entry.cost)));
+  const int batch = together * entry.count;
+  int local = linear - entry.first * heads;
+  const int first_head = local / batch * together;
+  local %= batch;
+  const int width = min(together, heads - first_head);
+  const int index = reverse ? entry.count - 1 - local / width : local / width;
+  return {entry.owner, first_head + local % width, index * rows, entry.begin, entry.length,
+          entry.other_begin, entry.other_length};
+}
+
 // The same in a list of tiles placed one by one. `together` heads at a time, so many that L2 holds their keys: all tiles
 // of the first ones, then of the next.
 __device__ __forceinline__ Tile find_single_tile(const Plan& plan, int linear, int heads, int together, int rows) {

@@ -89,3 +89,17 @@ def test_repeats_to_the_bit(dim):
     for _ in range(50):
         again = run(q, k, v, w, lengths, lengths, dim**-0.5, dout, dlse, True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
+
+
+@pytest.mark.parametrize("masks", [{}, {"causal": True}], ids=["full", "causal"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_turns(dim, masks):
+    """A head with more tiles of keys than a GPU has multiprocessors: they add to dq one after the other."""
+    lengths = [20000, 300]
+    q, k, v, w, dout, dlse = make_inputs(lengths, lengths, 3, 3, dim, torch.bfloat16, ())
+    arguments = (q, k, v, w, lengths, lengths, dim**-0.5, dout, dlse)
+    first = run(*arguments, True, **masks)
+    for name, got, want in zip(NAMES, first, run(*arguments, False, **masks), strict=True):
+        assert relative(got, want) < 1e-3, name
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(*arguments, True, **masks), strict=True))
