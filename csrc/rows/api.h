@@ -21,8 +21,8 @@ struct Segments {
   int64_t members, segments;
 };
 
-// values (M, width) -> out (U, width). Sums in float, or double for double: sorted members are cut every 4 to 32 (as their number and
-// the width have it), a segment's parts are summed in ascending order each, then added up. An empty segment gives 0.
+// values (M, width) -> out (U, width). Sums in float, or double for double: sorted members are cut every 4 to 32, as their number
+// and the width have it; a segment's parts are summed in ascending order each, then added up. An empty segment gives 0.
 size_t sum_workspace_bytes(Type type, const Segments& segments, int64_t width);
 cudaError_t sum(Type type, const void* values, const Segments& segments, int64_t width, void* out, void* workspace,
                 cudaStream_t stream);

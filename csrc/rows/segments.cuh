@@ -1,7 +1,7 @@
 // Segmented sums. Sorted members are cut into tiles, a group of threads each. A block looks up which members and segments its
 // tiles have in shared memory, then each group walks its tile. Segments are cut at tiles' bounds, so that all walks are as long:
 // the group in whose tile a segment begins adds its parts up in order, and where a segment leaves the block it began in, a
-// second launch adds up the blocks'. Which parts there are depends on the segments and the width alone.
+// second launch adds up the blocks'. Which parts there are depends on the segments, the number of members and the width.
 #pragma once
 
 #include "../early.cuh"
@@ -9,13 +9,13 @@
 
 namespace rows {
 
-constexpr int kAhead = 8;         // members in flight per thread
-constexpr int kMostTileBits = 5;  // longer walks leave more to the end of the launch, shorter ones more parts
+constexpr int kAhead = 8;  // members in flight per thread
 constexpr int kFoldThreads = 512;
-constexpr int kFoldBlocks = 2;  // a multiprocessor
+constexpr int kFoldBlocks = 2;    // a multiprocessor
+constexpr int kMostTileBits = 5;  // longer walks leave more to the end of the launch, shorter ones more parts
 constexpr int kCombineThreads = 512;
 constexpr int kParts = 8;   // blocks' parts in flight per thread
-constexpr int kAlone = 32;  // of which as many are added up by one group
+constexpr int kAlone = 32;  // blocks' parts that one group adds up
 
 // How members are dealt out: `lanes` threads side by side per group, 1 << tile_bits sorted members per group.
 struct Deal {
@@ -112,8 +112,8 @@ struct SumKernel {
     for (int empty = before + 1; empty < behind; ++empty) store(empty, Accumulator());
   }
 
-  // A tile of n members from the block's `from`-th on. Returns the segment that begins in it and leaves it with what the tile holds
-  // of it in `a`, or -1; what enters the tile goes to shared memory.
+  // A tile of n members from the block's `from`-th on. Returns the segment that begins in it and leaves it, or -1, and in `a` what
+  // the tile holds of it; what it holds of the one that enters goes to shared memory.
   __device__ int tile(const Shared& shared, int from, int n, Accumulator& a) const {
     const int* members = shared.members + place(from);
     const int* segments = shared.segments + place(from);
@@ -195,9 +195,6 @@ struct SumKernel {
     const int64_t block = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
     const int64_t segment = block < deal.blocks ? leaving[block] : -1;
     const bool inside = column() < width;
-    const auto parts_of = [&](int64_t block, int64_t segment) {
-      return (s.offsets[segment + 1] - 1 >> deal.block_bits()) - block + 1;
-    };
     const auto add_up = [&](int64_t block, int64_t from, int64_t to) {
       Accumulator a;
       for (int64_t i = from; i < to; i += kParts) {
@@ -213,7 +210,7 @@ struct SumKernel {
       }
       return a;
     };
-    const int64_t count = segment < 0 ? 0 : parts_of(block, segment);
+    const int64_t count = segment < 0 ? 0 : (s.offsets[segment + 1] - 1 >> deal.block_bits()) - block + 1;
     if (threadIdx.x == 0) counts[threadIdx.y] = count;
     if (inside && count > 0 && count <= kAlone) store(segment, add_up(block, 0, count));
     if (!__syncthreads_or(count > kAlone)) return;
