@@ -21,13 +21,13 @@ struct Segments {
   int64_t members, segments;
 };
 
-// values (M, width) -> out (U, width). Sums in float, or double for double: up to 64 members in ascending order, more as a
-// tree whose shape depends on the segments alone. An empty segment gives 0.
+// values (M, width) -> out (U, width). Sums in float, or double for double: sorted members are cut every 4 to 32, as their number
+// and the width have it; a segment's parts are summed in ascending order each, then added up. An empty segment gives 0.
 size_t sum_workspace_bytes(Type type, const Segments& segments, int64_t width);
 cudaError_t sum(Type type, const void* values, const Segments& segments, int64_t width, void* out, void* workspace,
                 cudaStream_t stream);
 
-// The same of log-sum-exp, always as such a tree. An empty segment, or one all -inf, gives -inf.
+// The same of log-sum-exp, cut elsewhere. An empty segment, or one all -inf, gives -inf.
 size_t logsumexp_workspace_bytes(Type type, const Segments& segments, int64_t width);
 cudaError_t logsumexp(Type type, const void* values, const Segments& segments, int64_t width, void* out, void* workspace,
                       cudaStream_t stream);

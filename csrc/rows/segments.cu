@@ -5,11 +5,11 @@
 namespace rows {
 namespace {
 
-// Enough threads to fill a GPU, then tiles as long as they may be: 4 to 64 members, at most 4096 of them per block.
+// Enough threads to fill a GPU, then tiles as long as they may be: 4 to 32 members, at most 4096 of them per block.
 Deal deal_out(const Segments& s, int64_t width, int vector) {
   Deal deal{lanes_for(width / vector), 2, 0};
   const int64_t wanted = s.members * deal.lanes >> 18;
-  while (deal.tile_bits < 6 && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
+  while (deal.tile_bits < kMostTileBits && (2 << deal.tile_bits) <= wanted && 2 * deal.per_block() <= 4096) ++deal.tile_bits;
   deal.blocks = ceil_div(s.members, deal.per_block());
   return deal;
 }
@@ -27,7 +27,7 @@ cudaError_t launch(const T* values, const Segments& s, int64_t width, T* out, vo
   if (many_empty) empty_kernel<<<dim3(unsigned(ceil_div(s.segments, threads.y)), columns), threads, 0, stream>>>(k);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   if (s.members == 0) return cudaSuccess;
-  const size_t shared = Kernel::shared_bytes(deal);
+  const size_t shared = k.shared_bytes();
   TA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(sum_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   sum_kernel<<<dim3(unsigned(deal.blocks), columns), threads, shared, stream>>>(k);
@@ -53,7 +53,7 @@ cudaError_t launch_expand(const void* rows, const int64_t* index, int64_t member
                           cudaStream_t stream) {
   const int64_t units = row_bytes / int64_t(sizeof(Unit));
   const int lanes = lanes_for(units);
-  const dim3 threads(lanes, kFoldThreads / lanes);
+  const dim3 threads(lanes, kCopyThreads / lanes);
   expand_kernel<Unit><<<unsigned(ceil_div(members, int64_t(threads.y) * kCopies)), threads, 0, stream>>>(
       static_cast<const Unit*>(rows), index, members, units, static_cast<Unit*>(out));
   return cudaGetLastError();

@@ -1,7 +1,7 @@
-// Segmented sums. Sorted members are cut into tiles, a group of threads each, and a block's look-ups (which member, which
-// segment) go to shared memory first. Segments of at most kWhole members are reduced by the tile they start in, which reads on past
-// its end. Longer ones are cut at the tiles' bounds: the block adds its parts up in order, and where a segment leaves the
-// block it began in, a second launch adds up the blocks'. Which parts there are depends on the segments and the width alone.
+// Segmented sums. Sorted members are cut into tiles, a group of threads each. A block looks up which members and segments its
+// tiles have in shared memory, then each group walks its tile. Segments are cut at tiles' bounds, so that all walks are as long:
+// the group in whose tile a segment begins adds its parts up in order, and where a segment leaves the block it began in, a
+// second launch adds up the blocks'. Which parts there are depends on the segments, the number of members and the width.
 #pragma once
 
 #include "../early.cuh"
@@ -9,11 +9,12 @@
 
 namespace rows {
 
-constexpr int kWhole = 64;
-constexpr int kAhead = 6;  // members in flight per thread
-constexpr int kFoldThreads = 256;
-constexpr int kFoldBlocks = 4;  // a multiprocessor
+constexpr int kAhead = 8;  // members in flight per thread
+constexpr int kFoldThreads = 512;
+constexpr int kFoldBlocks = 2;    // a multiprocessor
+constexpr int kMostTileBits = 5;  // longer walks leave more to the end of the launch, shorter ones more parts
 constexpr int kCombineThreads = 512;
+constexpr int kParts = 8;   // blocks' parts in flight per thread
 constexpr int kAlone = 32;  // blocks' parts that one group adds up
 
 // How members are dealt out: `lanes` threads side by side per group, 1 << tile_bits sorted members per group.
@@ -22,6 +23,7 @@ struct Deal {
   int64_t blocks;
   __host__ __device__ int groups() const { return kFoldThreads / lanes; }
   __host__ __device__ int per_block() const { return groups() << tile_bits; }
+  __device__ int block_bits() const { return 31 - __clz(per_block()); }
 };
 
 template <typename T, int kVector>
@@ -36,51 +38,43 @@ struct SumKernel {
       for (int i = 0; i < kVector; ++i) this->at[i] += convert<A>(x.at[i]);
     }
   };
-  // Of a sorted member: its number, negative (bitwise not) if it is the last of its segment; and its segment, -1 for none.
-  struct Entry {
-    int member, segment;
-  };
-  // What a group of threads holds of a hot segment that it does not have whole.
-  struct Parts {
-    int head, tail;  // segments: entering the tile, and leaving it after starting there; -1: none
-  };
+  // What a block keeps of its i-th sorted member, -1 <= i <= per_block, at place(i).
   struct Shared {
-    Entry* entries;      // of the block's members, one unused between two tiles: no conflicts among banks
-    Accumulator* parts;  // (groups, 2, lanes)
-    Parts* segments;     // (groups)
+    Accumulator* heads;  // (groups, lanes) what tiles hold of the segments that enter them
+    int* entering;       // (groups) those segments, -1: none
+    int* members;        // (places) numbers
+    int* segments;       // (places) -1: none
   };
 
   const T* values;
   Segments s;
   int64_t width;  // a multiple of kVector
   T* out;
-  int64_t* leaving;  // (blocks) the hot segment that starts in a block and leaves it, or -1
+  int64_t* leaving;  // (blocks) the segment that begins in a block and leaves it, or -1
   A* partials;       // (2 * blocks, width): of the segment entering a block, and of the one leaving it
   Deal deal;
   bool has_zeros;  // empty segments are already written
 
-  static size_t shared_bytes(const Deal& deal) {
-    return sizeof(Accumulator) * 2 * kFoldThreads + sizeof(Parts) * deal.groups() +
-           sizeof(Entry) * (deal.per_block() + deal.groups() + 1);
+  // In front of a tile is one place more, so that tiles conflict over no bank; of segments it repeats the one behind it.
+  __host__ __device__ int place(int i) const { return i + (i >> deal.tile_bits) + 2; }
+  __host__ __device__ int places() const { return place(deal.per_block()) + 1; }
+  size_t shared_bytes() const {
+    return sizeof(Accumulator) * kFoldThreads + sizeof(int) * (deal.groups() + 2 * places());
+  }
+  __device__ Shared shared(unsigned char* bytes) const {
+    auto* heads = reinterpret_cast<Accumulator*>(bytes);
+    auto* entering = reinterpret_cast<int*>(heads + kFoldThreads);
+    int* members = entering + deal.groups();
+    return {heads, entering, members, members + places()};
   }
 
+  __device__ int thread() const { return threadIdx.y * blockDim.x + threadIdx.x; }
   __device__ int64_t column() const { return (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kVector; }
-  __device__ bool hot(int64_t segment) const { return s.offsets[segment + 1] - s.offsets[segment] > kWhole; }
-  __device__ int entry(int i) const { return i + (i >> deal.tile_bits); }
-
   __device__ void store(int64_t segment, const Accumulator& a) const {
     Load result;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) result.at[i] = convert<T>(a.at[i]);
     *reinterpret_cast<Load*>(out + segment * width + column()) = result;
-  }
-
-  // Stores a segment and the empty ones since `previous`.
-  __device__ void finish(int64_t previous, int64_t segment, const Accumulator& a) const {
-    store(segment, a);
-    if (has_zeros) return;
-#pragma unroll 1  // there are few, and this stands in the loop over members
-    for (int64_t empty = previous + 1; empty < segment; ++empty) store(empty, Accumulator());
   }
 
   // By a launch's groups in turns: the empty segments behind the last member of any.
@@ -97,121 +91,103 @@ struct SumKernel {
     return reinterpret_cast<Accumulator*>(partials + slot * width + column());
   }
 
-  // Members [first, first + count) of the block: entries, and behind them the next member's segment (-1: there is none).
-  // Members from offsets[segments] on belong to none, and nothing that `order` says of them is looked at: they lower `count`.
-  // Returns the segment of the member before them.
-  __device__ int look_up(int64_t first, int& count, Entry* entries) const {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const int64_t members = s.offsets[s.segments], member_before = first > 0 ? s.order[first - 1] : 0;
-    const int before = first > 0 && first <= members ? int(s.index[member_before]) : -1;
-    for (int i = thread; i <= count; i += kFoldThreads) {
-      Entry e{0, -1};
-      if (first + i < s.members) e.member = int(s.order[first + i]);
-      if (first + i < members) e.segment = int(s.index[e.member]);
-      entries[entry(i)] = e;
+  // Members [first, first + in_block) and the ones before and behind them. Members from offsets[segments] on belong to none, and
+  // nothing that `order` says of them is looked at.
+  __device__ void look_up(const Shared& shared, int64_t first, int in_block) const {
+    const uint64_t members = s.offsets[s.segments];
+    for (int i = thread() - 1; i <= in_block; i += kFoldThreads) {
+      const bool there = uint64_t(first + i) < uint64_t(s.members);
+      const int64_t member = there ? s.order[first + i] : 0;
+      const int segment = uint64_t(first + i) < members ? int(s.index[member]) : -1;
+      shared.members[place(i)] = int(member);
+      shared.segments[place(i)] = segment;
+      if ((i & (1 << deal.tile_bits) - 1) == 0) shared.segments[place(i) - 1] = segment;
     }
-    count = int(min(int64_t(count), members - first));
     __syncthreads();
-    for (int i = thread; i < count; i += kFoldThreads)
-      if (entries[entry(i)].segment != entries[entry(i + 1)].segment) entries[entry(i)].member = ~entries[entry(i)].member;
-    __syncthreads();
-    return before;
   }
 
-  // A tile: members [from, to) of the block's `count`. `previous` becomes the segment before the one that leaves.
-  __device__ void tile(const Shared& shared, int64_t first, int count, int from, int to, int before, int& previous,
-                       Parts& parts) const {
-    const Entry* entries = shared.entries;
-    const int opening = entries[entry(from)].segment, closing = entries[entry(to - 1)].segment;
-    const bool enters = (from == 0 ? before : entries[entry(from - 1)].segment) == opening;
-    const bool leaves = entries[entry(to)].segment == closing && !(enters && opening == closing);
-    int begin = from, end = to;
-    previous = from == 0 ? before : entries[entry(from - 1)].segment;
-    if (enters && hot(opening)) {
-      parts.head = opening;
-    } else if (enters) {  // another tile's
-      begin = int(min(s.offsets[opening + 1] - first, int64_t(to)));
-      if (begin == to) return;
-    }
-    if (leaves && hot(closing))
-      parts.tail = closing;
-    else if (leaves)
-      end = int(s.offsets[closing + 1] - first);
+  // The empty segments between two, of which there are few.
+  __device__ void store_empty(int before, int behind) const {
+#pragma unroll 1
+    for (int empty = before + 1; empty < behind; ++empty) store(empty, Accumulator());
+  }
 
+  // A tile of n members from the block's `from`-th on. Returns the segment that begins in it and leaves it, or -1, and in `a` what
+  // the tile holds of it; what it holds of the one that enters goes to shared memory.
+  __device__ int tile(const Shared& shared, int from, int n, Accumulator& a) const {
+    const int* members = shared.members + place(from);
+    const int* segments = shared.segments + place(from);
     const T* from_column = values + column();
-    Accumulator a;
-    bool entering = parts.head >= 0;
-    const auto value = [&](int member) { return *reinterpret_cast<const Load*>(from_column + int64_t(member) * width); };
-    const auto close = [&](int segment, int behind) {
-      if (entering || (behind == end && parts.tail >= 0)) {
-        shared.parts[(2 * threadIdx.y + (entering ? 0 : 1)) * blockDim.x + threadIdx.x] = a;
-        entering = false;
-        if (behind == end) return;  // `previous` stays
-      } else {
-        finish(previous, segment, a);
-      }
-      previous = segment;
-      a = Accumulator();
-    };
-    const int known = min(end, count);
-    for (int at = begin; at < known; at += kAhead) {
-      int member[kAhead];
+    int segment = segments[0];
+    bool enters = segment == shared.segments[place(from - 1)], gaps = false;
+    if (threadIdx.x == 0) shared.entering[threadIdx.y] = enters ? segment : -1;
+    for (int j = 0; j < n; j += kAhead) {
       Load x[kAhead];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) member[j] = entries[entry(min(at + j, known - 1))].member;
+      for (int i = 0; i < kAhead; ++i)  // past the end the last again: no load depends on a condition
+        x[i] = *reinterpret_cast<const Load*>(from_column + members[min(j + i, n - 1)] * width);
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) x[j] = value(member[j] < 0 ? ~member[j] : member[j]);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (at + j < known) {
-          a.add(x[j]);
-          if (member[j] < 0 || at + j + 1 == end) close(entries[entry(at + j)].segment, at + j + 1);
-        }
+      for (int i = 0; i < kAhead; ++i) {
+        if (j + i >= n) continue;
+        a.add(x[i]);
+        const int behind = segments[j + i + 1];
+        if (behind == segment) continue;
+        if (enters)
+          shared.heads[thread()] = a;
+        else
+          store(segment, a);
+        gaps |= behind > segment + 1;
+        enters = false;
+        a = Accumulator();
+        segment = behind;
+      }
     }
-    for (int at = known; at < end; ++at) {  // past the block
-      a.add(value(int(s.order[first + at])));
-      if (at + 1 == end) close(closing, end);
-    }
+    if (gaps && !has_zeros)
+      for (int j = 0; j < n; ++j) store_empty(segments[j], segments[j + 1]);
+    if (segments[n - 1] != segments[n]) return -1;
+    if (!enters) return segment;
+    shared.heads[thread()] = a;
+    return -1;
   }
 
   __device__ void block(const Shared& shared) const {
     const int64_t first = int64_t(blockIdx.x) * deal.per_block();
-    int count = int(min(int64_t(deal.per_block()), s.members - first));
-    const int before = look_up(first, count, shared.entries);
-    const bool says = leaving && blockIdx.y == 0 && threadIdx.x == 0 && threadIdx.y == 0;
-    if (count <= 0) {
-      if (says) leaving[blockIdx.x] = -1;
-      return;
-    }
-    const int from = threadIdx.y << deal.tile_bits, to = min(from + (1 << deal.tile_bits), count);
-    const bool inside = column() < width;
-    int previous = -1;
-    Parts parts{-1, -1};
-    if (inside && from < count) tile(shared, first, count, from, to, before, previous, parts);
-    if (threadIdx.x == 0) shared.segments[threadIdx.y] = parts;
-    const int last = shared.entries[entry(count - 1)].segment, next = shared.entries[entry(count)].segment;
-    if (says) leaving[blockIdx.x] = last == next && last != before && hot(last) ? last : -1;
-    if (!__syncthreads_or(parts.head >= 0 || parts.tail >= 0) || !inside) return;
-    const auto add_heads = [&](Accumulator a, int segment) {
-      for (int g = threadIdx.y + 1; g < blockDim.y && shared.segments[g].head == segment; ++g)
-        a.add(shared.parts[2 * g * blockDim.x + threadIdx.x]);
-      return a;
-    };
-    const Accumulator* mine = shared.parts + 2 * threadIdx.y * blockDim.x + threadIdx.x;
-    if (threadIdx.y == 0 && parts.head >= 0) *partial(2 * int64_t(blockIdx.x)) = add_heads(*mine, parts.head);
-    if (parts.tail < 0) return;
-    const Accumulator a = add_heads(mine[blockDim.x], parts.tail);
-    if (parts.tail == next)
-      *partial(2 * int64_t(blockIdx.x) + 1) = a;
-    else
-      finish(previous, parts.tail, a);
-  }
+    const int in_block = int(min(int64_t(deal.per_block()), s.members - first));
+    look_up(shared, first, in_block);
+    const int count = int(max(min(int64_t(in_block), s.offsets[s.segments] - first), int64_t(0)));
 
-  // Stores a segment whose parts were added up.
-  __device__ void finish_hot(int64_t segment, const Accumulator& a) const {
-    const int64_t begin = s.offsets[segment];
-    const int64_t previous = has_zeros || begin == 0 ? -1 : s.index[s.order[begin - 1]];
-    finish(previous, segment, a);
+    const int from = threadIdx.y << deal.tile_bits, n = min(1 << deal.tile_bits, count - from);
+    const int before = shared.segments[place(-1)], next = shared.segments[place(count)];
+    if (leaving && blockIdx.y == 0 && thread() == 0) {
+      const int last = count > 0 ? shared.segments[place(count - 1)] : -1;
+      leaving[blockIdx.x] = last == next && last != before ? last : -1;
+    }
+    Accumulator a;
+    int tail = -1;
+    const bool works = n > 0 && column() < width;
+    if (works && first + from == 0 && !has_zeros) store_empty(-1, shared.segments[place(0)]);
+    if (works)
+      tail = tile(shared, from, n, a);
+    else if (threadIdx.x == 0)
+      shared.entering[threadIdx.y] = -1;
+    __syncthreads();
+
+    const auto add_heads = [&](Accumulator& a, int segment) {  // of the tiles behind
+      for (int g = threadIdx.y + 1; g < blockDim.y && shared.entering[g] == segment; ++g)
+        a.add(shared.heads[g * blockDim.x + threadIdx.x]);
+    };
+    if (tail >= 0) {
+      add_heads(a, tail);
+      if (tail == next)
+        *partial(2 * int64_t(blockIdx.x) + 1) = a;
+      else
+        store(tail, a);
+    }
+    if (works && threadIdx.y == 0 && shared.entering[0] >= 0) {
+      a = shared.heads[thread()];
+      add_heads(a, before);
+      *partial(2 * int64_t(blockIdx.x)) = a;
+    }
   }
 
   // By a block: a group adds up a segment's parts, or all groups where there are many, each a run of them.
@@ -219,21 +195,24 @@ struct SumKernel {
     const int64_t block = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
     const int64_t segment = block < deal.blocks ? leaving[block] : -1;
     const bool inside = column() < width;
-    const auto parts_of = [&](int64_t block, int64_t segment) {
-      return (s.offsets[segment + 1] - 1) / deal.per_block() - block + 1;
-    };
     const auto add_up = [&](int64_t block, int64_t from, int64_t to) {
       Accumulator a;
-#pragma unroll 4
-      for (int64_t i = from; i < to; ++i) {
-        const Accumulator part = *partial(i == 0 ? 2 * block + 1 : 2 * (block + i));
-        a.add(part);
+      for (int64_t i = from; i < to; i += kParts) {
+        Accumulator x[kParts];
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) {
+          const int64_t part = min(i + j, to - 1);
+          x[j] = *partial(2 * (block + part) + (part == 0));
+        }
+#pragma unroll
+        for (int j = 0; j < kParts; ++j)
+          if (i + j < to) a.add(x[j]);
       }
       return a;
     };
-    const int64_t count = segment < 0 ? 0 : parts_of(block, segment);
+    const int64_t count = segment < 0 ? 0 : (s.offsets[segment + 1] - 1 >> deal.block_bits()) - block + 1;
     if (threadIdx.x == 0) counts[threadIdx.y] = count;
-    if (inside && count > 0 && count <= kAlone) finish_hot(segment, add_up(block, 0, count));
+    if (inside && count > 0 && count <= kAlone) store(segment, add_up(block, 0, count));
     if (!__syncthreads_or(count > kAlone)) return;
     for (int y = 0; y < blockDim.y; ++y) {
       const int64_t many = counts[y];
@@ -245,7 +224,7 @@ struct SumKernel {
       if (threadIdx.y == 0 && inside) {
         Accumulator a = shared[threadIdx.x];
         for (int g = 1; g < ceil_div(many, share); ++g) a.add(shared[g * blockDim.x + threadIdx.x]);
-        finish_hot(leaving[start], a);
+        store(leaving[start], a);
       }
       __syncthreads();
     }
@@ -256,19 +235,17 @@ template <class Kernel>
 __global__ void __launch_bounds__(kFoldThreads, kFoldBlocks) sum_kernel(const Kernel k) {
   let_next_launch();
   extern __shared__ __align__(16) unsigned char bytes[];
-  auto* parts = reinterpret_cast<typename Kernel::Accumulator*>(bytes);
-  auto* segments = reinterpret_cast<typename Kernel::Parts*>(parts + 2 * kFoldThreads);
-  k.block({reinterpret_cast<typename Kernel::Entry*>(segments + blockDim.y), parts, segments});
+  k.block(k.shared(bytes));
   if (gridDim.x == 1) k.store_rest();
 }
 
 template <class Kernel>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Kernel k) {
+  k.store_rest();
   wait_for_launch_before();
   __shared__ int64_t counts[kCombineThreads];
   extern __shared__ __align__(16) unsigned char bytes[];
   k.combine(reinterpret_cast<typename Kernel::Accumulator*>(bytes), counts);
-  k.store_rest();
 }
 
 template <class Kernel>
@@ -279,10 +256,10 @@ __global__ void __launch_bounds__(kFoldThreads) empty_kernel(const Kernel k) {
 }
 
 // Every thread copies its vector of several members' rows; all loads are in flight before the first store.
-constexpr int kCopies = 4;
+constexpr int kCopies = 4, kCopyThreads = 256;
 
 template <typename Unit>
-__global__ void __launch_bounds__(kFoldThreads)
+__global__ void __launch_bounds__(kCopyThreads)
     expand_kernel(const Unit* rows, const int64_t* index, int64_t members, int64_t units, Unit* out) {
   const int64_t first = int64_t(blockIdx.x) * blockDim.y * kCopies + threadIdx.y;
   int64_t from[kCopies];

@@ -156,6 +156,22 @@ def test_parts_of_a_hot_segment_differ_by_more_than_exp_can_hold(device: str, wi
     assert result.isnan().tolist() == [True] + [False] * (width - 1)
 
 
+@pytest.mark.parametrize("members", [20_000, 80_000, 160_000, 300_000])  # tiles of 4 to 32 members on CUDA
+def test_long_tiles_cut_segments_anywhere(device: str, members: int) -> None:
+    """Whole numbers, so that sums are exact in any order: lone rows and short ones, long ones, empty ones, in no order."""
+    if device == "cpu" and members > 20_000:
+        return
+    sizes = torch.tensor([1, 1, 1, 2, 0, 1, 5, 1, 31, 1, 1, 32, 33, 0, 0, 1, 63, 64, 65, 3, 700, 1, 2, 9000])
+    generator = torch.Generator().manual_seed(members)
+    sizes = sizes[(torch.rand(members, generator=generator) ** 3 * len(sizes)).long()]
+    index = torch.arange(len(sizes)).repeat_interleave(sizes)[:members]
+    index = index[torch.randperm(members, generator=generator)].to(device)
+    segments = Segments.from_index(index, len(sizes))
+    values = torch.randint(-8, 9, (members, 128), generator=generator).float().to(device)
+    expected = values.new_zeros(len(sizes), 128).index_add_(0, index, values)
+    assert torch.equal(segment_sum(values, segments), expected)
+
+
 @pytest.mark.parametrize("rest", [0, -1, 2**40])
 @pytest.mark.parametrize("width", [1, 4, 128, 300])
 @pytest.mark.parametrize("sizes", [[100], [2, 0, 300, 1, 0, 0], [3, 1, 1], [0, 0], [1] * 90 + [0] * 5000], ids=len)
