@@ -86,7 +86,7 @@ class Bounds:
         """The bounded space of a batch; begins a call."""
         space = BoundedSpace.of_padded(tokens, lengths, self.rows, grouped=grouped)
         within = _Interval("lengths", 0, tokens.shape[1], "no sample is longer or shorter than that")
-        ids = _Interval("ids", 0, self._last_id, "ids are 0 or larger and below vocab_size")
+        ids = _Interval("ids", 0, self.last_id, "ids are 0 or larger and below vocab_size")
         assert space.found is not None
         self._noted = [(space.found[1:4], [_held("distinct rows of a batch", "row", self.rows), within, within])]
         self._noted += [(self._ends(x), [ids, ids]) for x in (space.tokens, targets) if x is not None and x.numel()]
@@ -122,7 +122,7 @@ class Bounds:
 
     def within(self, ids: Tensor) -> Tensor:
         """Ids as they are, or the nearest of the vocabulary."""
-        return ids.clamp(0, self._last_id)
+        return ids.clamp(0, self.last_id)
 
     @property
     def filler(self) -> int:
@@ -134,7 +134,8 @@ class Bounds:
         return _held("distinct ids of a batch", "id", self.ids)
 
     @property
-    def _last_id(self) -> int:
+    def last_id(self) -> int:
+        """The largest that is right."""
         return _INT64.max - 1 if self.vocab_size is None else self.vocab_size - 1
 
     def sent(self, most: Tensor) -> None:

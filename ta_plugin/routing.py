@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ta_plugin.ops.buckets import BUCKET
+from ta_plugin.ops.buckets import BOUNDS, BUCKET
 from ta_plugin.ops.planning import LOCAL_ROWS, OWNERS, PARTITION
-from ta_plugin.parallel import Gathered, SSPGroup, all_to_all_rows, exchange_header
+from ta_plugin.parallel import Blank, Buckets, SSPGroup, all_to_all_rows, exchange_header
 
+_INT32_MAX = torch.iinfo(torch.int32).max
 _MAX_PERMUTED = 3_037_000_499  # floor(sqrt(2**63 - 1)): the product of an id and the multiplier stays in int64
 
 
@@ -98,9 +99,8 @@ def rfc_positions(positions: Tensor, samples: Tensor, rank: int, batch_size: int
 
 
 def bounds_of(sizes: Tensor) -> Tensor:
-    """(n + 1,) int32: where each of n parts begins, and the end, from their sizes, of any shape with n elements."""
-    bounds = torch.zeros(sizes.numel() + 1, dtype=torch.int32, device=sizes.device)
-    torch.cumsum(sizes.reshape(-1), 0, out=bounds[1:])
+    """(n + 1,) int32: where each of n parts begins, and the end, from their sizes (n,) or (ranks, samples) int64."""
+    bounds: Tensor = BOUNDS(sizes)
     return bounds
 
 
@@ -191,26 +191,40 @@ class BoundedRoute:
     Items stand in a bucket in the senders' order, and what is left of it is filled with any. If one of a rank's buckets does not hold
     its items, that rank sends none.
 
-    take:  (N, C) int64, the item in each place of the buckets to send
-    sizes: (N, B) int64, how many items of sample j go to rank i; 0 if they do not fit
-    most:  (1,) int64, how many items the fullest bucket should hold
+    owner:      (n,) int64, the owner of each item; without one in [0, N) it goes nowhere
+    cu_seqlens: (B + 1,) int32, bounds of this rank's samples among the items; what lies behind the last one goes nowhere
+    most:       (1,) int64, how many items the fullest bucket should hold, once they were sent
     """
 
-    take: Tensor
-    sizes: Tensor
+    owner: Tensor
+    cu_seqlens: Tensor
+    bound: int
+    group: SSPGroup
     most: Tensor
 
     @classmethod
-    def build(cls, owner: Tensor, cu_seqlens: Tensor, ranks: int, bound: int) -> BoundedRoute:
-        """Local.
+    def build(cls, owner: Tensor, cu_seqlens: Tensor, bound: int, group: SSPGroup) -> BoundedRoute:
+        """Local."""
+        return cls(owner, cu_seqlens, bound, group, owner.new_empty(1))
 
-        owner:      (n,) int64, the owner of each item; without one in [0, N) it goes nowhere
-        cu_seqlens: (B + 1,) int32, bounds of this rank's samples among the items; what lies behind the last one goes nowhere
+    def send(self, ids: Tensor, weights: Tensor, name: str, last_id: int) -> Buckets:
+        """Start sending sizes (N, B) int64, how many items of sample j go to rank i, and of each item ids (n,) and weights (n, ...).
+
+        Ids up to last_id arrive as (N, C), int32 where that holds them, and weights as (N, C, ...), int64 ones as int32; differentiable for
+        floating weights. Collective.
         """
-        return cls(*BUCKET(owner, cu_seqlens, ranks, bound))
+        ranks, device = self.group.size, ids.device
+        sizes, places = (ranks, self.cu_seqlens.numel() - 1), (ranks, self.bound)
+        wire = torch.int32 if last_id <= _INT32_MAX else torch.int64
+        if weights.dim() == 1 and not weights.requires_grad:
+            dtypes = (wire, weights.dtype if weights.is_floating_point() else torch.int32)
+            parts = [Blank(torch.Size(sizes), torch.int64), *(Blank(torch.Size(places), x) for x in dtypes)]
+            return Buckets(parts, self.group, name, lambda blank: self._write([ids, weights], blank[1:], blank[0]))
+        counts = ids.new_empty(sizes)
+        filled, take = torch.empty(places, dtype=wire, device=device), ids.new_empty(places)
+        self._write([ids, torch.arange(ids.numel(), device=device)], [filled, take], counts)
+        rows = weights.index_select(0, take.view(-1)).view(*places, *weights.shape[1:])
+        return Buckets([counts, filled, rows], self.group, name)
 
-    def fill(self, values: Tensor) -> Tensor | Gathered:
-        """Per-item values (n, ...) -> (N, C, ...), to send. Differentiable for floating values."""
-        if values.dim() == 1 and not values.requires_grad:
-            return Gathered(values, self.take)
-        return values.index_select(0, self.take.view(-1)).view(*self.take.shape, *values.shape[1:])
+    def _write(self, values: list[Tensor], buckets: list[Tensor], sizes: Tensor) -> None:
+        BUCKET(self.owner, self.cu_seqlens, [x.contiguous() for x in values], buckets, sizes, self.most)

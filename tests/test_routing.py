@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ta_plugin import SSPGroup, UniqueSpace
 from ta_plugin.embedding import lookup
-from ta_plugin.routing import HashOwners, Owners, PermutedRows, Route, rfc_positions
+from ta_plugin.routing import BoundedRoute, HashOwners, Owners, PermutedRows, Route, rfc_positions
 
 LENGTH, VOCAB = 7, 11
 Samples = list[list[int]]
@@ -135,6 +135,40 @@ def check_gradient_returns_to_its_row(seed: int) -> None:
     coefficients = torch.randn_like(values)
     (back * coefficients).sum().backward()
     assert torch.equal(values.grad, coefficients)
+
+
+def check_bounded_route(last_id: int, kind: str) -> None:
+    """Items go around: the first of each sample to the next rank, the rest to this one; one more lies behind the samples."""
+    group = SSPGroup(dist.group.WORLD)
+    me, n = group.rank, group.size
+    following = (me + 1) % n
+    owner = torch.tensor([following, me, me, following, me, 0])
+    ids = torch.arange(6) + 10 * me
+    weights = ids.clone() if kind == "counts" else ids.float() / 8
+    if kind == "gradient":
+        weights = weights.requires_grad_()
+    route = BoundedRoute.build(owner, torch.tensor([0, 3, 5], dtype=torch.int32), 4, group)
+    sizes, tokens, there = route.send(ids, weights, "keys", last_id).arrive()
+    assert route.most.tolist() == [3]
+    assert tokens.dtype == (torch.int32 if last_id < 2**31 else torch.int64)
+    assert there.dtype == (torch.int32 if kind == "counts" else torch.float32)
+    for source in range(n):
+        wanted = {me: [1, 2, 4], (me - 1) % n: [0, 3]}.get(source, [])
+        assert sizes[source].tolist() == {3: [2, 1], 2: [1, 1], 0: [0, 0]}[len(wanted)]
+        assert tokens[source, : len(wanted)].tolist() == [i + 10 * source for i in wanted]
+        expected = torch.tensor(wanted, dtype=torch.int64) + 10 * source
+        assert torch.equal(there[source, : len(wanted)].double() * (1 if kind == "counts" else 8), expected.double())
+    if kind == "gradient":
+        coefficients = torch.zeros_like(there)
+        coefficients[me, :3], coefficients[(me - 1) % n, :2] = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([8.0, 16.0])
+        (there * coefficients).sum().backward()  # type: ignore[no-untyped-call]
+        assert weights.grad is not None and weights.grad.tolist() == [8, 1, 2, 16, 4, 0]
+
+
+@pytest.mark.parametrize("kind", ["counts", "folded", "gradient"])
+@pytest.mark.parametrize("last_id", [100, 2**31 - 1, 2**31])
+def test_bounded_routes_send_ids_as_narrow_as_they_are(rank_pools: Any, last_id: int, kind: str) -> None:
+    rank_pools(2).run(check_bounded_route, last_id, kind)
 
 
 @pytest.mark.parametrize("owners", ["hash", "permuted"])

@@ -1,5 +1,5 @@
 // See buckets.h. The place of an item is the number of items before it that have its owner: counted per tile, added up over tiles, and
-// counted again while items are placed.
+// counted again while items are placed. Each of the three launches starts beside the end of the one before it.
 #include "buckets.h"
 
 #include "common.cuh"
@@ -25,17 +25,17 @@ struct Counted {
   }
 };
 
-// Each item of the warp, in order, with its owner, -1 where it goes nowhere.
+// Each item of the warp in a tile, in order, with its owner, -1 where it goes nowhere: from `end` on, and without one of the ranks.
 template <typename Visit>
-__device__ __forceinline__ void each_item(const Items& x, int64_t end, Visit visit) {
-  const int64_t first = int64_t(blockIdx.x) * kTile + (threadIdx.x / 32) * (32 * kRounds) + lane();
+__device__ __forceinline__ void each_item(const Items& x, int64_t tile, int64_t end, Visit visit) {
+  const int64_t first = tile * kTile + (threadIdx.x / 32) * (32 * kRounds) + lane();
   int64_t owner[kRounds];
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) owner[k] = first + 32 * k < end ? x.owner[first + 32 * k] : -1;
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) {
     const bool goes = owner[k] >= 0 && owner[k] < x.ranks;
-    visit(first + 32 * k, goes ? int(owner[k]) : -1);
+    visit(k, goes ? int(owner[k]) : -1);
   }
 }
 
@@ -49,28 +49,34 @@ __device__ __forceinline__ unsigned count(unsigned* counters, int owner) {
   return at + __popc(before);
 }
 
-__device__ __forceinline__ unsigned* clear_counters(int64_t ranks) {
-  extern __shared__ unsigned counters[];  // (warps, ranks)
-  for (int i = threadIdx.x; i < kWarps * ranks; i += kThreads) counters[i] = 0;
+// What each warp of the block counts in a tile before `end`, (warps, ranks) in shared memory.
+__device__ __forceinline__ unsigned* count_tile(const Items& x, int64_t tile, int64_t end) {
+  extern __shared__ unsigned counters[];
+  for (int i = threadIdx.x; i < kWarps * x.ranks; i += kThreads) counters[i] = 0;
+  __syncthreads();
+  unsigned* mine = counters + (threadIdx.x / 32) * x.ranks;
+  each_item(x, tile, end, [&](int, int owner) { count(mine, owner); });
   __syncthreads();
   return counters;
 }
 
+__device__ __forceinline__ unsigned sum_of_warps(const Items& x, const unsigned* counters, int rank) {
+  unsigned sum = 0;
+  for (int w = 0; w < kWarps; ++w) sum += counters[w * x.ranks + rank];
+  return sum;
+}
+
 __global__ void __launch_bounds__(kThreads) tile_kernel(const Items x, const Counted out) {
-  unsigned* counters = clear_counters(x.ranks);
-  unsigned* mine = counters + (threadIdx.x / 32) * x.ranks;
-  each_item(x, x.bounds[x.samples], [&](int64_t, int owner) { count(mine, owner); });
-  __syncthreads();
-  for (int r = threadIdx.x; r < x.ranks; r += kThreads) {
-    unsigned sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += counters[w * x.ranks + r];
-    out.tiles[r * out.number + blockIdx.x] = sum;
-  }
+  let_next_launch();
+  const unsigned* counters = count_tile(x, blockIdx.x, x.bounds[x.samples]);
+  for (int r = threadIdx.x; r < x.ranks; r += kThreads) out.tiles[r * out.number + blockIdx.x] = sum_of_warps(x, counters, r);
 }
 
 // One block per owner: what lies before each tile.
 __global__ void __launch_bounds__(kThreads) scan_kernel(const Counted out) {
   __shared__ unsigned shared[33];
+  let_next_launch();
+  wait_for_launch_before();
   unsigned* tiles = out.tiles + blockIdx.x * out.number;
   unsigned before = 0;
   for (int64_t first = 0; first < out.number; first += kThreads) {
@@ -83,13 +89,48 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const Counted out) {
   if (threadIdx.x == 0) out.sent[blockIdx.x] = before;
 }
 
-__global__ void __launch_bounds__(kThreads) place_kernel(const Items x, const Counted counted, int64_t* take) {
-  unsigned* counters = clear_counters(x.ranks);
-  unsigned* mine = counters + (threadIdx.x / 32) * x.ranks;
-  each_item(x, x.bounds[x.samples], [&](int64_t, int owner) { count(mine, owner); });
-  __syncthreads();
+// How many items the fullest bucket should hold.
+__device__ __forceinline__ int64_t fullest(const Items& x, const Counted& counted) {
+  int64_t found = 0;
+  for (int64_t r = lane(); r < x.ranks; r += 32) found = max(found, counted.sent[r]);
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) found = max(found, __shfl_xor_sync(kFull, found, d));
+  return found;
+}
+
+// Values of items to places of their owners' buckets, as many of each as there are rounds, all read before the first is written. An owner
+// of -1 has none.
+template <int kNumber>
+__device__ __forceinline__ void put(const Values& values, const int64_t (&item)[kNumber], const int (&owner)[kNumber],
+                                    const int64_t (&at)[kNumber]) {
+  for (int v = 0; v < values.number; ++v) {
+    const char* from = static_cast<const char*>(values.from[v]);
+    char* to = static_cast<char*>(values.to[v]);
+    const int bytes = values.bytes[v], sent = values.sent_bytes[v];
+    int64_t value[kNumber];
+#pragma unroll
+    for (int k = 0; k < kNumber; ++k)
+      if (owner[k] >= 0)
+        value[k] = bytes == 8 ? reinterpret_cast<const int64_t*>(from)[item[k]] : reinterpret_cast<const int32_t*>(from)[item[k]];
+#pragma unroll
+    for (int k = 0; k < kNumber; ++k) {
+      if (owner[k] < 0) continue;
+      char* place = to + owner[k] * values.stride[v] + at[k] * sent;
+      if (sent == 8)
+        *reinterpret_cast<int64_t*>(place) = value[k];
+      else
+        *reinterpret_cast<int32_t*>(place) = bytes == 8 && uint64_t(value[k]) > uint64_t(INT32_MAX) ? -1 : int32_t(value[k]);
+    }
+  }
+}
+
+// The items of a tile to their places; and its share of the places without one.
+__device__ void place(const Items& x, const Counted& counted, int64_t tile) {
+  const int64_t end = x.bounds[x.samples];
+  unsigned* counters = count_tile(x, tile, end);
+  wait_for_launch_before();
   for (int r = threadIdx.x; r < x.ranks; r += kThreads) {  // where each warp begins
-    unsigned at = counted.tiles[r * counted.number + blockIdx.x];
+    unsigned at = counted.tiles[r * counted.number + tile];
     for (int w = 0; w < kWarps; ++w) {
       const unsigned own = counters[w * x.ranks + r];
       counters[w * x.ranks + r] = at;
@@ -97,53 +138,45 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const Items x, const Co
     }
   }
   __syncthreads();
-  each_item(x, x.bounds[x.samples], [&](int64_t item, int owner) {
-    const unsigned at = count(mine, owner);
-    if (owner >= 0 && at < x.bound) take[owner * x.bound + at] = item;
+  unsigned* mine = counters + (threadIdx.x / 32) * x.ranks;
+  int64_t item[kRounds], at[kRounds];
+  int owner[kRounds];
+  each_item(x, tile, end, [&](int k, int to) {
+    item[k] = tile * kTile + (threadIdx.x / 32) * (32 * kRounds) + lane() + 32 * k;
+    at[k] = count(mine, to);
+    owner[k] = at[k] < x.bound ? to : -1;
   });
+  put(x.values, item, owner, at);
+  for (int r = 0; r < x.ranks; ++r)
+    for (int64_t i = counted.sent[r] + tile * kThreads + threadIdx.x; i < x.bound; i += counted.number * kThreads)
+      put<1>(x.values, {i % x.n}, {r}, {i});
 }
 
-// Blocks (sample, part). Counts are whole numbers, so the order of additions does not matter.
-__global__ void __launch_bounds__(kThreads) sizes_kernel(const Items x, int64_t* sizes) {
-  extern __shared__ unsigned counts[];
-  for (int64_t sample = blockIdx.x; sample < x.samples; sample += gridDim.x) {
-    const int64_t begin = x.bounds[sample], share = (x.bounds[sample + 1] - begin + gridDim.y - 1) / gridDim.y;
-    const int64_t from = begin + share * blockIdx.y, to = min(from + share, int64_t(x.bounds[sample + 1]));
-    if (from >= to) continue;
-    for (int r = threadIdx.x; r < x.ranks; r += kThreads) counts[r] = 0;
-    __syncthreads();
-    for (int64_t i = from + threadIdx.x; i - threadIdx.x < to; i += kThreads) {
-      const int64_t owner = i < to ? x.owner[i] : -1;
-      const bool goes = owner >= 0 && owner < x.ranks;
-      const unsigned peers = __match_any_sync(kFull, goes ? int(owner) : -1);
-      if (goes && (peers & lanes_below()) == 0) atomicAdd(counts + owner, unsigned(__popc(peers)));
+// How many of a sample's items go to each rank: what lies before its end, less what lies before its begin. None if a bucket is too small.
+__device__ void size(const Items& x, const Counted& counted, int64_t sample, int64_t* sizes, int64_t stride) {
+  for (int last = 0; last < 2; ++last) {
+    const int64_t end = x.bounds[sample + last], tile = min(end / kTile, counted.number - 1);
+    const unsigned* counters = count_tile(x, tile, end);
+    wait_for_launch_before();
+    const bool fits = fullest(x, counted) <= x.bound;
+    for (int r = threadIdx.x; r < x.ranks; r += kThreads) {
+      const int64_t before = fits ? counted.tiles[r * counted.number + tile] + sum_of_warps(x, counters, r) : 0;
+      int64_t* to = sizes + r * stride + sample;
+      *to = last ? before - *to : before;
     }
     __syncthreads();
-    for (int r = threadIdx.x; r < x.ranks; r += kThreads)
-      if (counts[r] > 0)
-        atomicAdd(reinterpret_cast<unsigned long long*>(sizes + r * x.samples + sample), (unsigned long long)counts[r]);
-    __syncthreads();
   }
 }
 
-// Places without an item, and nothing at all where a bucket is too small.
-__global__ void __launch_bounds__(kThreads) rest_kernel(const Items x, const Counted counted, int64_t* take, int64_t* sizes,
-                                                        int64_t* most) {
-  __shared__ int64_t fullest;
-  if (threadIdx.x < 32) {
-    int64_t found = 0;
-    for (int64_t r = lane(); r < x.ranks; r += 32) found = max(found, counted.sent[r]);
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) found = max(found, __shfl_xor_sync(kFull, found, d));
-    fullest = found;
-  }
-  __syncthreads();
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i == 0) *most = fullest;
-  if (i < x.ranks * x.samples && fullest > x.bound) sizes[i] = 0;
-  if (i >= x.ranks * x.bound) return;
-  const int64_t place = i % x.bound;
-  if (place >= counted.sent[i / x.bound]) take[i] = place % x.n;
+// A block for each tile, then one for each sample.
+__global__ void __launch_bounds__(kThreads) place_kernel(const Items x, const Counted counted, int64_t* sizes, int64_t stride,
+                                                         int64_t* most) {
+  const int64_t sample = int64_t(blockIdx.x) - counted.number;
+  if (sample >= 0) return size(x, counted, sample, sizes, stride);
+  place(x, counted, blockIdx.x);
+  if (blockIdx.x > 0 || threadIdx.x >= 32) return;
+  const int64_t found = fullest(x, counted);
+  if (threadIdx.x == 0) *most = found;
 }
 
 // The bucket of a row that lies at `at` among those together: the last that begins there or before.
@@ -156,7 +189,8 @@ __device__ __forceinline__ int64_t bucket_of(const Received& x, int64_t at) {
   return low;
 }
 
-template <typename Word, bool kTogether>
+// Together, a word of a row becomes a To.
+template <typename Word, typename To, bool kTogether>
 __global__ void __launch_bounds__(kThreads) move_kernel(const Received x, const char* from, char* to) {
   const int64_t words = x.row / int64_t(sizeof(Word)), i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= x.ranks * x.bound * words) return;
@@ -167,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) move_kernel(const Received x, const 
       const int64_t r = bucket_of(x, row), place = row - x.bounds[r * x.samples];
       value = *reinterpret_cast<const Word*>(from + r * x.stride + place * x.row + byte);
     }
-    *reinterpret_cast<Word*>(to + row * x.row + byte) = value;
+    reinterpret_cast<To*>(to)[i] = To(value);
   } else {
     const int64_t r = row / x.bound, place = row - r * x.bound, begin = x.bounds[r * x.samples];
     const bool there = place < x.bounds[(r + 1) * x.samples] - begin;
@@ -176,20 +210,49 @@ __global__ void __launch_bounds__(kThreads) move_kernel(const Received x, const 
   }
 }
 
+template <typename Word, typename To, bool kTogether>
+cudaError_t move_words(const Received& x, const void* from, void* to, cudaStream_t stream) {
+  const int64_t n = x.ranks * x.bound * (x.row / int64_t(sizeof(Word)));
+  if (n > 0)
+    move_kernel<Word, To, kTogether><<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(x, static_cast<const char*>(from),
+                                                                                              static_cast<char*>(to));
+  return cudaGetLastError();
+}
+
 template <bool kTogether>
 cudaError_t move(const Received& x, const void* from, void* to, cudaStream_t stream) {
   const uint64_t aligned = uint64_t(x.row) | uint64_t(x.stride) | reinterpret_cast<uint64_t>(from) | reinterpret_cast<uint64_t>(to);
-  const auto launch = [&](auto word) {
-    using Word = decltype(word);
-    const int64_t n = x.ranks * x.bound * (x.row / int64_t(sizeof(Word)));
-    if (n > 0)
-      move_kernel<Word, kTogether><<<unsigned(ceil_div(n, kThreads)), kThreads, 0, stream>>>(
-          x, static_cast<const char*>(from), static_cast<char*>(to));
-    return cudaGetLastError();
-  };
-  if (aligned % 8 == 0) return launch(uint64_t(0));
-  if (aligned % 4 == 0) return launch(uint32_t(0));
-  return aligned % 2 == 0 ? launch(uint16_t(0)) : launch(uint8_t(0));
+  if (aligned % 8 == 0) return move_words<uint64_t, uint64_t, kTogether>(x, from, to, stream);
+  if (aligned % 4 == 0) return move_words<uint32_t, uint32_t, kTogether>(x, from, to, stream);
+  if (aligned % 2 == 0) return move_words<uint16_t, uint16_t, kTogether>(x, from, to, stream);
+  return move_words<uint8_t, uint8_t, kTogether>(x, from, to, stream);
+}
+
+// One block.
+constexpr int kBoundsThreads = 1024, kEach = 8;
+__global__ void __launch_bounds__(kBoundsThreads) bounds_kernel(const int64_t* sizes, unsigned ranks, unsigned samples, int64_t stride,
+                                                                int32_t* bounds) {
+  __shared__ int32_t shared[33];
+  const unsigned n = ranks * samples;
+  int32_t before = 0;
+  for (unsigned begin = 0; begin < n; begin += kBoundsThreads * kEach) {
+    const unsigned first = begin + threadIdx.x * kEach;
+    int32_t size[kEach], sum = 0, total;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const unsigned i = first + k, r = i / samples;
+      size[k] = i < n ? int32_t(sizes[r * stride + (i - r * samples)]) : 0;
+      sum += size[k];
+    }
+    int32_t at = before + block_exclusive(sum, shared, &total);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (first + k < n) bounds[first + k] = at;
+      at += size[k];
+    }
+    before += total;
+  }
+  if (threadIdx.x == 0) bounds[n] = before;
 }
 
 }  // namespace
@@ -200,30 +263,28 @@ cudaError_t bucket_workspace_bytes(const Items& x, size_t* bytes) {
   return cudaSuccess;
 }
 
-cudaError_t bucket(const Items& x, int64_t* take, int64_t* sizes, int64_t* most, void* workspace, cudaStream_t stream) {
+cudaError_t bucket(const Items& x, int64_t* sizes, int64_t stride, int64_t* most, void* workspace, cudaStream_t stream) {
   Counted counted;
   Counted::carve(x, workspace, &counted);
-  TA_RETURN_IF_ERROR(cudaMemsetAsync(sizes, 0, sizeof(int64_t) * x.ranks * x.samples, stream));
-  const unsigned tiles = unsigned(counted.number);
   const size_t shared = sizeof(unsigned) * kWarps * x.ranks;
-  tile_kernel<<<tiles, kThreads, shared, stream>>>(x, counted);
+  tile_kernel<<<unsigned(counted.number), kThreads, shared, stream>>>(x, counted);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  scan_kernel<<<unsigned(x.ranks), kThreads, 0, stream>>>(counted);
-  TA_RETURN_IF_ERROR(cudaGetLastError());
-  place_kernel<<<tiles, kThreads, shared, stream>>>(x, counted, take);
-  TA_RETURN_IF_ERROR(cudaGetLastError());
-  if (x.samples > 0) {
-    const int64_t wide = x.samples < 65535 ? x.samples : 65535, parts = wide >= 1024 ? 1 : 1024 / wide;
-    sizes_kernel<<<dim3(unsigned(wide), unsigned(parts)), kThreads, sizeof(unsigned) * x.ranks, stream>>>(x, sizes);
-    TA_RETURN_IF_ERROR(cudaGetLastError());
-  }
-  const int64_t rest = x.ranks * (x.bound > x.samples ? x.bound : x.samples);
-  rest_kernel<<<unsigned(ceil_div(rest, kThreads)), kThreads, 0, stream>>>(x, counted, take, sizes, most);
+  TA_RETURN_IF_ERROR(launch_early(scan_kernel, dim3(unsigned(x.ranks)), dim3(kThreads), 0, stream, counted));
+  return launch_early(place_kernel, dim3(unsigned(counted.number + x.samples)), dim3(kThreads), shared, stream, x, counted, sizes, stride,
+                      most);
+}
+
+cudaError_t bounds(const int64_t* sizes, int64_t ranks, int64_t samples, int64_t stride, int32_t* bounds, cudaStream_t stream) {
+  bounds_kernel<<<1, kBoundsThreads, 0, stream>>>(sizes, unsigned(ranks), unsigned(samples), stride, bounds);
   return cudaGetLastError();
 }
 
 cudaError_t compact(const Received& x, const void* buckets, void* together, cudaStream_t stream) {
   return move<true>(x, buckets, together, stream);
+}
+
+cudaError_t compact_widened(const Received& x, const int32_t* buckets, int64_t* together, cudaStream_t stream) {
+  return move_words<int32_t, int64_t, true>(x, buckets, together, stream);
 }
 
 cudaError_t spread(const Received& x, const void* together, void* buckets, cudaStream_t stream) {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ta_plugin.ops.buckets import BUCKET, COMPACT, SPREAD
+from ta_plugin.ops.buckets import BOUNDS, BUCKET, COMPACT, SPREAD
 from ta_plugin.ops.merging import MERGE, MERGE_BACKWARD, MERGE_INTO
 from ta_plugin.ops.planning import GROUP, LOCAL_ROWS, OWNERS, PARTITION, UNIQUE
 from ta_plugin.ops.registry import Operator, define, is_compiled, load_kernel
@@ -37,7 +37,7 @@ class LoadedOp:
 def operators() -> dict[str, Operator]:
     """Every operator under torch.ops.ta_plugin, by name."""
     rows = (SEGMENT_SUM, SEGMENT_LOGSUMEXP, EXPAND, MERGE, MERGE_INTO, MERGE_BACKWARD)
-    plan = (UNIQUE, GROUP, OWNERS, LOCAL_ROWS, PARTITION, BUCKET, COMPACT, SPREAD)
+    plan = (UNIQUE, GROUP, OWNERS, LOCAL_ROWS, PARTITION, BUCKET, BOUNDS, COMPACT, SPREAD)
     attention = (TARGET_ATTENTION, TARGET_ATTENTION_BACKWARD)
     return {op.name: op for op in (*rows, *plan, *attention)}
 

@@ -1,6 +1,6 @@
 """Process groups, and collectives that autograd can pass through."""
 
-from ta_plugin.parallel.buckets import Buckets, Gathered
+from ta_plugin.parallel.buckets import Blank, Buckets
 from ta_plugin.parallel.collectives import (
     all_gather_rows,
     all_to_all_rows,
@@ -15,8 +15,8 @@ from ta_plugin.parallel.ring import Hop
 from ta_plugin.parallel.traffic import Traffic
 
 __all__ = [
+    "Blank",
     "Buckets",
-    "Gathered",
     "Hop",
     "SSPGroup",
     "Traffic",

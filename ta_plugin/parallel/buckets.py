@@ -6,7 +6,7 @@ Two autograd nodes, as in `collectives.Moving`: what runs between the start and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,26 +22,15 @@ _ALIGNED = 16  # bytes: every dtype's view of a part begins where it may
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """values (n,) at index (N, C) int64, written straight into the buffer that is sent; passes no gradient."""
+class Blank:
+    """A part of a shape (N, ...) that is written where it is sent from; passes no gradient."""
 
-    values: Tensor
-    index: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.index.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
+    shape: torch.Size
+    dtype: torch.dtype
 
     @property
     def requires_grad(self) -> bool:
         return False
-
-    def write(self, part: Tensor) -> None:
-        torch.take(self.values, self.index, out=part)
 
 
 class Buckets:
@@ -49,10 +38,18 @@ class Buckets:
 
     Every rank starts the same ones in one order, of the same shapes and dtypes. Gradients return together too, of first order only.
     Traffic is counted as `name` and "<name>.grad", in bytes.
+
+    fill: takes the parts that are blank, in order, and writes them
     """
 
-    def __init__(self, tensors: Sequence[Tensor | Gathered], group: SSPGroup, name: str) -> None:
-        self._group, self._name = group, name
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | Blank],
+        group: SSPGroup,
+        name: str,
+        fill: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        self._group, self._name, self._fill = group, name, fill
         self.wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
         self._flight: tuple[InFlight, _Layout] | None = None
         self._anchor: Tensor | None = _Depart.apply(self, *tensors)
@@ -63,15 +60,19 @@ class Buckets:
         parts: tuple[Tensor, ...] = _Arrive.apply(self, anchor)
         return parts
 
-    def post(self, tensors: Sequence[Tensor | Gathered], name: str) -> None:
+    def post(self, tensors: Sequence[Tensor | Blank], name: str) -> None:
         """Start exchanging."""
         layout, group = _Layout.of(tensors), self._group
         sent = torch.empty(group.size, layout.width, dtype=torch.uint8, device=group.device)
+        blank = []
         for x, part in zip(tensors, layout.unpack(sent), strict=True):
-            if isinstance(x, Gathered):
-                x.write(part)
+            if isinstance(x, Blank):
+                blank.append(part)
             else:
                 part.copy_(x)
+        if blank and self._fill is not None:
+            self._fill(blank)
+            self._fill = None  # with what it holds
         received = torch.empty_like(sent)
         with explained(name, group):
             work = dist.all_to_all_single(received, sent, group=group.group, async_op=True)
@@ -95,7 +96,7 @@ class _Layout:
     width: int
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor | Gathered]) -> _Layout:
+    def of(cls, tensors: Sequence[Tensor | Blank]) -> _Layout:
         offsets, end = [], 0
         for x in tensors:
             offsets.append(end)
@@ -113,7 +114,7 @@ class _Layout:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buckets: Buckets, *tensors: Tensor | Gathered) -> Tensor:
+    def forward(ctx: Any, buckets: Buckets, *tensors: Tensor | Blank) -> Tensor:
         ctx.buckets = buckets
         buckets.post(tensors, buckets._name)
         return torch.empty(

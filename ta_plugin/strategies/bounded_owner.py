@@ -38,16 +38,16 @@ def bounded_owner(request: Request, modules: AttentionModules) -> Tensor:
     if request.target_ids is not None:  # every owner sees all of them: they are few
         ids = request.targets.pack(request.target_ids)
         asked = start_all_gather_rows(ids, request.query_counts, group, "targets.ids")
-    route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, group.size, bounds.route)
+    route = BoundedRoute.build(_owners(space.tokens, modules), space.cu_seqlens, bounds.route, group)
+    moving = route.send(space.tokens, _weights(request, modules), "keys", bounds.last_id)
     bounds.sent(route.most)
-    moving = Buckets([route.sizes, route.fill(space.tokens), route.fill(_weights(request, modules))], group, "keys")
     # targets are looked up while the keys travel, and travel while the keys are brought together
     answer = None if asked is None else _start_answer(asked.arrive(), modules, bounds)
     places = None if answer is None else _places(request, modules)
     everybody = PackedTargets(sum(request.batch_sizes), request.target_width, None, group.device)
     sizes, tokens, weights = moving.arrive()
     received = bounds_of(sizes)  # of the samples (rank, b)
-    tokens = COMPACT(tokens, received)
+    tokens = COMPACT(tokens, received, tokens.dtype == torch.int32)
     table = OwnedTable.of(tokens, received[-1:], modules)  # before all else, because it runs beside that
     modules.settle()
     _ = table.in_place  # which rows of the table: while queries travel
@@ -72,9 +72,9 @@ def _owners(ids: Tensor, modules: AttentionModules) -> Tensor:
 
 
 def _weights(request: Request, modules: AttentionModules) -> Tensor:
-    """Folded sides (U,) or (U, H), or where there are none how often each row occurs, (U,) int32."""
+    """Folded sides (U,) or (U, H), or where there are none how often each row occurs, (U,) int64."""
     if not request.sides.tensors():
-        return request.space.counts.int()
+        return request.space.counts
     weight = RowWeights.fold(request.space, request.sides, modules.scoring.normaliser, torch.float32).weight
     assert weight is not None
     return weight
@@ -126,6 +126,7 @@ def _return_partials(out: Tensor, lse: Tensor | None, modules: AttentionModules,
     ranks = modules.group.size
     parts = [x.view(ranks, -1, *x.shape[1:]) for x in ([out] if lse is None else [out, lse])]
     parts.append(bounds.wrong().expand(ranks, 1))
-    outs, *lses, wrong = Buckets(parts, modules.group, "partials").arrive()
+    *merged, wrong = Buckets(parts, modules.group, "partials").arrive()
     bounds.hear(wrong)
+    outs, *lses = (x.contiguous() for x in merged)  # once, for forward and backward
     return modules.scoring.combine(outs, lses[0] if lses else None)[0]

@@ -49,6 +49,30 @@ def plans(device: str) -> None:
     assert (op.partition(nobody, torch.tensor([0, 900], device=device), 3)[1] < 0).all()
 
 
+def buckets(device: str) -> None:
+    op = torch.ops.ta_plugin
+    for ranks, n, samples, bound in (
+        (1, 1, 1, 1),
+        (2, 5000, 3, 3000),
+        (2, 5000, 300, 100),
+        (7, 9001, 0, 5),
+        (1000, 4099, 2, 9),
+    ):
+        owner, ends = (
+            torch.arange(n, device=device) % ranks,
+            torch.arange(samples + 1, device=device) * max(n - 3, 1) // max(samples, 1),
+        )
+        wide = torch.zeros(ranks, bound + 2, dtype=torch.int32, device=device)
+        taken = [wide[:, 1:-1], owner.new_zeros(ranks, bound), wide.float()[:, 2:]]
+        sizes, most = owner.new_zeros(ranks, samples + 2)[:, 2:], owner.new_zeros(1)
+        op.bucket(owner, ends.int(), [owner, owner, owner.float()], taken, sizes, most)
+        received = op.bounds(sizes)
+        assert int(received[-1]) == (int(ends[-1]) if int(most) <= bound else 0)
+        for x, widen in zip(taken, (True, False, False), strict=True):
+            together = op.compact(x, received, widen)
+            assert op.spread(together, received, ranks).shape == (ranks, bound)
+
+
 def rows(device: str) -> None:
     for sizes in ([0, 3, 1, 0, 33, 1000, 0], [1] * 90, [0] * 50 + [2], [700, 0, 300], [3000, 0, 7]):
         index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -76,6 +100,7 @@ if __name__ == "__main__":
     for name in operators():
         assert load_op(name, device="cuda").implementation == "compiled"
     plans("cuda")
+    buckets("cuda")
     rows("cuda")
     torch.cuda.synchronize()
     print("every operator ran", file=sys.stderr)

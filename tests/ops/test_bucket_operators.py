@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ta_plugin.ops.buckets import BUCKET, COMPACT, SPREAD
+from ta_plugin.ops.buckets import BOUNDS, BUCKET, COMPACT, SPREAD
 from ta_plugin.ops.registry import Operator
-from ta_plugin.routing import BoundedRoute
 
 FORMS = ("compiled", "plain")
 problems = st.tuples(
@@ -26,6 +25,16 @@ problems = st.tuples(
 
 def in_form(operator: Operator, form: str) -> Callable[..., Any]:
     return operator.plain if form == "plain" else operator
+
+
+def bucket(
+    call: Callable[..., None], owner: Tensor, cu_seqlens: Tensor, ranks: int, bound: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The item in each place (N, C), sizes (N, B), most (1,)."""
+    take, most = owner.new_full((ranks, bound), -1), owner.new_full((1,), -1)
+    sizes = owner.new_full((ranks, cu_seqlens.numel() + 1), -1)[:, 1:-1]  # a part of each rank's bucket
+    call(owner, cu_seqlens, [torch.arange(owner.numel(), device=owner.device)], [take], sizes, most)
+    return take, sizes, most
 
 
 def bounds_of(samples: list[list[int]]) -> Tensor:
@@ -44,7 +53,9 @@ def test_items_stand_in_their_owners_bucket_in_order(
     wanted = [[i for i, r in enumerate(owners) if r == rank] for rank in range(ranks)]
     take, sizes, most = (
         x.cpu()
-        for x in in_form(BUCKET, form)(torch.tensor(items, device=device), bounds_of(samples).to(device), ranks, bound)
+        for x in bucket(
+            in_form(BUCKET, form), torch.tensor(items, device=device), bounds_of(samples).to(device), ranks, bound
+        )
     )
     assert take.shape == (ranks, bound) and int(take.min()) >= 0 and int(take.max()) < len(items)
     assert int(most) == max(map(len, wanted))
@@ -59,9 +70,39 @@ def test_items_stand_in_their_owners_bucket_in_order(
 @pytest.mark.parametrize("form", FORMS)
 def test_items_without_an_owner_go_nowhere(device: str, form: str) -> None:
     owner = torch.tensor([1, -1, 0, 2, 1, 5], device=device)
-    take, sizes, most = in_form(BUCKET, form)(owner, torch.tensor([0, 3, 5], dtype=torch.int32, device=device), 2, 4)
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+    take, sizes, most = bucket(in_form(BUCKET, form), owner, cu_seqlens, 2, 4)
     assert sizes.tolist() == [[1, 0], [1, 1]] and most.tolist() == [2]
     assert take[0, 0] == 2 and take[1, :2].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_stand_in_their_items_places(device: str, form: str) -> None:
+    """Rows of a larger buffer; int64 become int32, and what does not fit -1."""
+    owner = torch.tensor([1, 0, 1, 1, 0], device=device)
+    ids = torch.tensor([5, 2**31 - 1, 2**31, -7, 2**40 + 3], device=device)
+    values = [ids, ids, torch.arange(5.0, device=device), torch.arange(5, device=device).double()]
+    wire = [torch.int32, torch.int64, torch.float32, torch.float64]
+    buckets = [torch.zeros(2, 6, dtype=dtype, device=device)[:, 2:] for dtype in wire]
+    sizes, most = ids.new_zeros(2, 1), ids.new_zeros(1)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    in_form(BUCKET, form)(owner, cu_seqlens, values, buckets, sizes, most)
+    narrow, same, floats, doubles = buckets
+    assert narrow[0, :2].tolist() == [2**31 - 1, -1] and narrow[1, :3].tolist() == [5, -1, -1]
+    assert same[0, :2].tolist() == [2**31 - 1, 2**40 + 3] and same[1, :3].tolist() == [5, 2**31, -7]
+    for found in (floats, doubles):
+        assert found[0, :2].tolist() == [1, 4] and found[1, :3].tolist() == [0, 2, 3]
+    assert sizes.tolist() == [[2], [3]] and most.tolist() == [3]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("ranks", "samples"), [(1, 0), (1, 1), (3, 5), (2, 70_000)])
+def test_bounds_begin_each_part(device: str, form: str, ranks: int, samples: int) -> None:
+    wide = torch.randint(0, 9, (ranks, samples + 2), generator=torch.Generator().manual_seed(samples)).to(device)
+    for sizes in (wide[:, 1:-1], wide[:, 1:-1].reshape(-1)):
+        found, flat = in_form(BOUNDS, form)(sizes), sizes.reshape(-1)
+        assert found.dtype == torch.int32 and torch.equal(found.diff().long(), flat)
+        assert int(found[0]) == 0 and found.numel() == flat.numel() + 1
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -93,16 +134,8 @@ def test_what_arrives_is_brought_together_and_its_gradient_goes_back(
         begin += sum(each)
     integers = wide[:, 1:-1, 0].mul(1000).long()
     assert torch.equal(compact(integers, cu_seqlens), (compact(wide[:, 1:-1, 0], cu_seqlens) * 1000).long())
-
-
-def test_a_route_fills_buckets_and_passes_gradients_of_what_went() -> None:
-    route = BoundedRoute.build(torch.tensor([1, 0, 1, 0]), torch.tensor([0, 2, 3], dtype=torch.int32), 2, 2)
-    values = torch.arange(8.0).view(4, 2).requires_grad_()
-    filled = route.fill(values)
-    assert isinstance(filled, Tensor)
-    assert filled[0, 0].tolist() == [2, 3] and filled[1].tolist() == [[0, 1], [4, 5]]
-    filled[1].sum().backward()
-    assert values.grad is not None and values.grad[:, 0].tolist() == [1, 0, 1, 0]
+    widened = compact(integers.int(), cu_seqlens, True)
+    assert widened.dtype == torch.int64 and torch.equal(widened, compact(integers, cu_seqlens))
 
 
 @pytest.mark.parametrize(
@@ -117,11 +150,12 @@ def test_kernels_equal_the_torch_form(device: str, ranks: int, n: int, samples: 
         if ranks * bound >= 2**31:
             continue
         bound = min(bound, 20 * n // ranks + 20)
-        found, expected = (f(owner, cu_seqlens, ranks, bound) for f in (BUCKET, BUCKET.in_torch))
+        found, expected = (bucket(f, owner, cu_seqlens, ranks, bound) for f in (BUCKET, BUCKET.in_torch))
         sent = torch.bincount(owner[: int(ends[-1])], minlength=ranks)
         filled = torch.arange(bound, device=device) < sent[:, None]
         for ours, exact in zip((found[0][filled], *found[1:]), (expected[0][filled], *expected[1:]), strict=True):
             assert torch.equal(ours, exact)
+        assert int(found[0].min()) >= 0 and int(found[0].max()) < n
         received = torch.cat([ends.new_zeros(1), found[1].flatten().cumsum(0)]).int()
         for dtype, shape in (
             (torch.int64, ()),

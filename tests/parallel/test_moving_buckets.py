@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ta_plugin import SSPGroup
-from ta_plugin.parallel import Buckets, Gathered
+from ta_plugin.parallel import Blank, Buckets
 
 SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((3,), torch.int64),
@@ -54,14 +54,19 @@ def check_exchange() -> None:
     assert not again.requires_grad and torch.equal(again, arrived[2])
 
 
-def check_gathered() -> None:
+def check_blank() -> None:
     group = SSPGroup(dist.group.WORLD)
-    values = torch.arange(10) * (group.rank + 1)
-    index = torch.tensor([[9, 0, 4], [1, 1, 2]])[torch.arange(group.size) % 2]
-    head, taken = Buckets([torch.ones(group.size, 1), Gathered(values, index)], group, "test").arrive()
-    assert bool((head == 1).all())
+    rows = torch.arange(3) + 10 * torch.arange(group.size)[:, None]
+
+    def fill(blank: list[Tensor]) -> None:
+        (part,) = blank
+        part.copy_(rows * (group.rank + 1))
+
+    parts = [torch.ones(group.size, 1), Blank(rows.shape, torch.int32), torch.ones(group.size, 2)]
+    head, filled, tail = Buckets(parts, group, "test", fill).arrive()
+    assert bool((head == 1).all()) and bool((tail == 1).all()) and filled.dtype == torch.int32
     for source in range(group.size):
-        assert torch.equal(taken[source], index[group.rank] * (source + 1))
+        assert torch.equal(filled[source], rows[group.rank].int() * (source + 1))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -70,5 +75,5 @@ def test_parts_of_every_dtype_arrive_and_gradients_return(rank_pools: Any, ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_what_is_gathered_is_written_where_it_is_sent_from(rank_pools: Any, ranks: int) -> None:
-    rank_pools(ranks).run(check_gathered)
+def test_what_is_blank_is_written_where_it_is_sent_from(rank_pools: Any, ranks: int) -> None:
+    rank_pools(ranks).run(check_blank)

@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES = ("80", "90a", "100")  # built ahead of time; a kernel that 
 
 ROW_OPERATORS = ("segment_sum", "segment_logsumexp", "expand", "merge", "merge_into", "merge_backward")
 PLAN_OPERATORS = ("unique", "group", "owners", "local_rows", "partition")
-BUCKET_OPERATORS = ("bucket", "compact", "spread")
+BUCKET_OPERATORS = ("bucket", "bounds", "compact", "spread")
 TARGET_OPERATORS = ("target_attention", "target_attention_backward")
 
 
