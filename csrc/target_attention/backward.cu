@@ -55,10 +55,22 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
   return join_pieces<T>(sums, stream);
 }
 
+template <typename T, int kRows, int kSlice>
+using WalkOf = Walk<T, kRows, kRows == 4 ? 16 : 12, kRows == 4 ? 4 : 3, kSlice>;
+
+// Of shared memory, for slices of `slice` bytes.
+template <typename T, int kRows>
+size_t combine_bytes(const Problem& p, int slice) {
+  return WalkOf<T, kRows, kWidestSlice>::shared_bytes(p) - size_t(p.samples) * 2 * kRows * (kWidestSlice - slice);
+}
+size_t combine_bytes(const Problem& p, int slice) {
+  return row_slots(p) <= 4 ? combine_bytes<float, 4>(p, slice) : combine_bytes<float, 8>(p, slice);
+}
+
 // The widest slice of the query rows of all samples that shared memory holds; 0 where it holds none.
 int slice_of(const Problem& p) {
   int slice = kWidestSlice;
-  while (slice >= kNarrowestSlice && Combine::shared_bytes(p, slice, row_slots(p)) > shared_limit()) slice /= 2;
+  while (slice >= kNarrowestSlice && combine_bytes(p, slice) > shared_limit()) slice /= 2;
   return slice >= kNarrowestSlice ? slice : 0;
 }
 
@@ -68,18 +80,17 @@ bool combines(const Problem& p) {
   return p.v_table == nullptr && rows > 0 && rows <= kMostRecordedRows && slice_of(p) > 0;
 }
 
-template <typename T, int kRows, int kBlock, int kSlice>
-cudaError_t launch_combine(const Combine& c, cudaStream_t stream) {
+template <typename T, int kRows, int kSlice>
+cudaError_t launch_combine(Combine c, cudaStream_t stream) {
   if constexpr (kSlice > kNarrowestSlice)
-    if (slice_of(c.p) < kSlice) return launch_combine<T, kRows, kBlock, kSlice / 2>(c, stream);
-  const auto kernel = combine_kernel<T, kRows, kBlock, kSlice>;
-  const size_t bytes = Combine::shared_bytes(c.p, kSlice, c.row_slots);
-  TA_RETURN_IF_ERROR(allow_shared(kernel, bytes));
-  int resident = 1;
-  TA_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kBlock, bytes));
-  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(T)), warps = kBlock / 32;
-  const int blocks = std::min((c.sums.blocks() + warps - 1) / warps, std::max(1, multiprocessors() * resident / slices));
-  if (blocks > 0) kernel<<<dim3(blocks, slices), kBlock, bytes, stream>>>(c);
+    if (slice_of(c.p) < kSlice) return launch_combine<T, kRows, kSlice / 2>(c, stream);
+  using W = WalkOf<T, kRows, kSlice>;
+  const auto kernel = combine_kernel<W>;
+  TA_RETURN_IF_ERROR(allow_shared(kernel, W::shared_bytes(c.p)));
+  const int slices = c.p.heads_kv * ((c.p.head_dim + W::kColumns - 1) / W::kColumns);
+  const int blocks = std::min((c.sums.blocks() + W::kWalkers - 1) / W::kWalkers, std::max(1, multiprocessors() / slices));
+  c.sums.walkers = std::max(1, blocks * W::kWalkers);
+  if (blocks > 0) kernel<<<dim3(blocks, slices), W::kThreads, W::shared_bytes(c.p), stream>>>(c);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   return join_pieces<T>(c.sums, stream);
 }
@@ -126,10 +137,8 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
   }
   if (records) {
     TA_RETURN_IF_ERROR(follow(sums, stream));
-    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
-                    parameters.row_slots};
-    return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
-                                     : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
+    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records};
+    return parameters.row_slots <= 4 ? launch_combine<T, 4, kWidestSlice>(c, sums) : launch_combine<T, 8, kWidestSlice>(c, sums);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));

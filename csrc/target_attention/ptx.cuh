@@ -23,6 +23,11 @@ __device__ __forceinline__ void copy_async_8(void* destination, const void* sour
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(destination)), "l"(source) : "memory");
 }
 
+// 4 bytes likewise.
+__device__ __forceinline__ void copy_async_4(void* destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(destination)), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups are under way.
@@ -51,6 +56,22 @@ __device__ __forceinline__ Fragment load_transposed(const void* row) {
                : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3])
                : "r"(shared_address(row))
                : "memory");
+  return f;
+}
+
+// The same of shared memory that is not written any more: may be moved.
+__device__ __forceinline__ Fragment load_turned(uint32_t row) {
+  Fragment f;
+  asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3])
+      : "r"(row));
+  return f;
+}
+__device__ __forceinline__ Fragment load_unturned(uint32_t row) {
+  Fragment f;
+  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3])
+      : "r"(row));
   return f;
 }
 
