@@ -56,7 +56,7 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
 }
 
 template <typename T, int kRows, int kSlice>
-using WalkOf = Walk<T, kRows, kRows == 4 ? 16 : 12, kRows == 4 ? 4 : 3, kSlice>;
+using WalkOf = Walk<T, kRows, kRows == 4 ? 16 : 12, 3, kSlice>;
 
 // Of shared memory, for slices of `slice` bytes.
 template <typename T, int kRows>
@@ -90,6 +90,7 @@ cudaError_t launch_combine(Combine c, cudaStream_t stream) {
   const int slices = c.p.heads_kv * ((c.p.head_dim + W::kColumns - 1) / W::kColumns);
   const int blocks = std::min((c.sums.blocks() + W::kWalkers - 1) / W::kWalkers, std::max(1, multiprocessors() / slices));
   c.sums.walkers = std::max(1, blocks * W::kWalkers);
+  if (blocks > 0) line_up_kernel<<<c.sums.blocks(), kSumPlaces, 0, stream>>>(c);
   if (blocks > 0) kernel<<<dim3(blocks, slices), W::kThreads, W::shared_bytes(c.p), stream>>>(c);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   return join_pieces<T>(c.sums, stream);
@@ -162,7 +163,7 @@ size_t dq_bytes(const Problem& p) {
 
 // What the first pass leaves of the keys.
 size_t members_bytes(const Problem& p) {
-  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::sample_bytes(p));
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::member_bytes(p));
   return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
 }
 
@@ -193,7 +194,7 @@ cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cuda
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   if (combines(p)) {
     parameters.records.pairs = reinterpret_cast<float2*>(bytes);
-    parameters.records.samples = reinterpret_cast<int*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
+    parameters.records.members = reinterpret_cast<int4*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
   } else {
     parameters.dk_members = reinterpret_cast<float*>(bytes);
     if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);

@@ -25,6 +25,20 @@ __device__ __forceinline__ void store_columns(float* to, const float (&x)[kCount
 // Four bits to four bytes.
 __device__ __forceinline__ uint32_t spread(uint32_t x) { return (x & 1) | (x & 2) << 7 | (x & 4) << 14 | (x & 8) << 21; }
 
+// What every slice's walk reads of each place, gathered once.
+__global__ void __launch_bounds__(kSumPlaces) line_up_kernel(const Combine c) {
+  const int place = blockIdx.x * kSumPlaces + threadIdx.x;
+  if (place >= int(c.g.offsets[c.g.table])) return;
+  const int key = int(c.g.order[place]), row = int(c.g.index[key]);
+  int sample = 0, end = c.p.samples;
+  while (end - sample > 1) {
+    const int middle = (sample + end) / 2;
+    if (c.p.cu_seqlens_k[middle] <= key) sample = middle;
+    else end = middle;
+  }
+  c.records.members[place] = make_int4(key, row, sample, 0);
+}
+
 // grid (any, heads_kv * slices)
 template <class Walk>
 __global__ void __launch_bounds__(Walk::kThreads, 1) combine_kernel(const Combine c) {
@@ -48,25 +62,24 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) combine_kernel(const Combin
 
   // A lane fills step lane % kSteps of run lane / kSteps.
   const int own = first + lane / kSteps * steps + lane % kSteps;
-  const auto key_at = [&](int round) {
+  const auto member_at = [&](int round) {
     const int place = own + round * kSteps;
-    return round <= rounds && place < places ? int(c.g.order[place]) : -1;
+    return round <= rounds && place < places ? c.records.members[place] : make_int4(-1, -1, 0, 0);
   };
-  const auto fill = [&](int round, int slot, int key) {
+  const auto fill = [&](int round, int slot, const int4& member) {
     if (round <= rounds) {  // of the round behind the last only rows are read
       Stage& stage = stages[slot];
       constexpr int kParts = sizeof(stage.records[0][0]) / 16;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        const int at = i * (32 / kParts) + lane / kParts, k = __shfl_sync(~0u, key, at);
-        const float2* const record = c.records.pairs + (int64_t(max(k, 0)) * p.heads_kv + head_kv) * Walk::kRows;
+        const int at = i * (32 / kParts) + lane / kParts, key = __shfl_sync(~0u, member.x, at);
+        const float2* const record = c.records.pairs + (int64_t(max(key, 0)) * p.heads_kv + head_kv) * Walk::kRows;
         copy_async(reinterpret_cast<uint4*>(stage.records[at % kSteps][at / kSteps]) + lane % kParts,
-                   reinterpret_cast<const uint4*>(record) + lane % kParts, k >= 0);
+                   reinterpret_cast<const uint4*>(record) + lane % kParts, key >= 0);
       }
-      int64_t* const row = &stage.rows[lane % kSteps][lane / kSteps];
-      int* const sample = &stage.samples[lane % kSteps][lane / kSteps];
-      if (key >= 0) copy_async_8(row, c.g.index + key), copy_async_4(sample, c.records.samples + key);
-      else *row = -1, *sample = 0;
+      const int step = lane % kSteps, run = lane / kSteps;
+      stage.rows[step][run] = member.y;
+      stage.samples[step][run % 2][run / 2] = uint16_t(member.z);
     }
     copy_commit();
   };
@@ -78,17 +91,18 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) combine_kernel(const Combin
   const bool inside = lane / 4 < Walk::kWide && column < p.head_dim;
   float sum[kChunks] = {}, before[kChunks] = {};  // before: of a row that began before the run
 
-  int keys[kStages];
+  int4 ahead[kStages];
 #pragma unroll
-  for (int r = 0; r < kStages; ++r) keys[r] = key_at(r);
+  for (int r = 0; r < kStages; ++r) ahead[r] = member_at(r);
 #pragma unroll
-  for (int r = 0; r + 1 < kStages; ++r) fill(r, r, keys[r]);
-  int key = keys[kStages - 1], slot = 0;
+  for (int r = 0; r + 1 < kStages; ++r) fill(r, r, ahead[r]);
+  int4 member = ahead[kStages - 1];
+  int slot = 0;
   const int before_run = first + run * steps - 1;
-  const int row_before = before_run >= 0 && before_run < places ? int(c.g.index[c.g.order[before_run]]) : -1;
+  const int row_before = before_run >= 0 && before_run < places ? c.records.members[before_run].y : -1;
   copy_wait<kStages - 2>();
   __syncwarp();
-  const bool begins_before = row_before >= 0 && int(stages[0].rows[0][run]) == row_before;
+  const bool begins_before = row_before >= 0 && stages[0].rows[0][run] == row_before;
   // Bits of runs are kSteps apart, as those of lanes that fill them.
   constexpr uint32_t kEach = 0x01010101u;
   const int shift = run * kSteps;
@@ -104,8 +118,8 @@ __global__ void __launch_bounds__(Walk::kThreads, 1) combine_kernel(const Combin
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     __syncwarp();  // everybody is done with the stage that is filled now
-    fill(round + kStages - 1, slot == 0 ? kStages - 1 : slot - 1, key);
-    key = key_at(round + kStages);
+    fill(round + kStages - 1, slot == 0 ? kStages - 1 : slot - 1, member);
+    member = member_at(round + kStages);
     copy_wait<kStages - 2>();
     __syncwarp();
     const Stage& stage = stages[slot];

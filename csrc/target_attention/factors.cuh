@@ -30,8 +30,8 @@ struct Walk {
 
   struct alignas(16) Stage {
     uint32_t records[kSteps][kRuns][2 * kRows];
-    int64_t rows[kSteps][kRuns];  // of the gradient; -1: no member
-    int samples[kSteps][kRuns];
+    int rows[kSteps][kRuns];              // of the gradient; -1: no member
+    uint16_t samples[kSteps][2][kRuns / 2];  // of runs 0 and 2, then of 1 and 3
   };
   static size_t shared_bytes(const Problem& p) { return size_t(p.samples) * kSampleBytes + sizeof(Stage) * kWalkers * kStages; }
 };
@@ -67,7 +67,7 @@ struct Factors<Walk, __nv_bfloat16> {
     __device__ void ask(const Stage& stage, int step) {
       const int lane = threadIdx.x % 32;
 #pragma unroll
-      for (int m = 0; m < kPairs; ++m) samples[m] = stage.samples[step][kHalves == 1 ? 2 * m + lane / 16 : m];
+      for (int m = 0; m < kPairs; ++m) samples[m] = kHalves == 1 ? stage.samples[step][lane / 16][m] : stage.samples[step][m % 2][m / 2];
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) coefficients[h] = stage.records[step][lane / 8][2 * (lane % 4 + 4 * h) + lane / 4 % 2];
     }
@@ -145,7 +145,7 @@ struct Factors<Walk, float> {
     __device__ void ask(const Stage& stage, int step) {
       const int lane = threadIdx.x % 32;
 #pragma unroll
-      for (int m = 0; m < Walk::kRuns; ++m) samples[m] = stage.samples[step][m];
+      for (int m = 0; m < Walk::kRuns; ++m) samples[m] = stage.samples[step][m % 2][m / 2];
 #pragma unroll
       for (int h = 0; h < kHalves; ++h)
 #pragma unroll

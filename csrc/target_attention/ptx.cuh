@@ -23,11 +23,6 @@ __device__ __forceinline__ void copy_async_8(void* destination, const void* sour
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(destination)), "l"(source) : "memory");
 }
 
-// 4 bytes likewise.
-__device__ __forceinline__ void copy_async_4(void* destination, const void* source) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(destination)), "l"(source) : "memory");
-}
-
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups are under way.

@@ -12,15 +12,15 @@ constexpr int kZeroRows = kSumPlaces;       // table rows among which a block lo
 constexpr int kAhead = 4;                   // members under way at a time
 
 // What the first pass leaves of a key where coefficients are enough: for every query row d(score), scaled, and p, in whole sectors of
-// memory; and once for all heads its sample. Nothing of the gradient's rows, which may be found meanwhile.
+// memory; of bfloat16 as pairs of their high parts and of their low parts. Nothing of the gradient's rows, which may be found meanwhile.
 constexpr int kMostRecordedRows = 8;
 __host__ __device__ constexpr int record_pairs(int rows) { return rows <= 4 ? 4 : 8; }
 struct Records {
   float2* pairs;  // (keys, heads_kv, record_pairs)
-  int* samples;   // (keys,)
+  int4* members;  // (keys,): of each place of `order` the key, its row of the gradient, and its sample
 
   static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
-  static size_t sample_bytes(const Problem& p) { return sizeof(int) * p.keys; }
+  static size_t member_bytes(const Problem& p) { return sizeof(int4) * p.keys; }
 };
 
 struct Sums {
@@ -36,7 +36,9 @@ struct Sums {
   int walkers = 0;         // warps of the walk, which go by spans of their own
 
   // Places that come to one slot of `pieces`.
-  __device__ int span(int places) const { return walkers == 0 ? kSumPlaces : max(kSumPlaces, (places + 32 * walkers - 1) / (32 * walkers) * 32); }
+  __device__ int span(int places) const {
+    return walkers == 0 ? kSumPlaces : max(kSumPlaces, (places + 32 * walkers - 1) / (32 * walkers) * 32);
+  }
   int blocks() const { return (keys + kSumPlaces - 1) / kSumPlaces; }
   static size_t piece_bytes(int64_t keys, int width) {
     return sizeof(float) * 2 * ((keys + kSumPlaces - 1) / kSumPlaces) * width;
