@@ -39,10 +39,11 @@ Sums sums_of(const BackwardParameters& b, const float* members, void* to) {
   return {members, b.g.index, b.g.order, b.g.offsets, to, b.pieces, b.p.keys, b.g.table, width(b.p), b.direct};
 }
 
+int zeroing_blocks(const Sums& sums) { return (sums.table + kZeroRows - 1) / kZeroRows; }
+
 template <typename T>
-cudaError_t join_pieces(const Sums& sums, cudaStream_t stream) {
+cudaError_t join_pieces(const Sums& sums, int zeroing, cudaStream_t stream) {
   const int blocks = sums.blocks(), joining = blocks > 1 ? (blocks + kSumWarps - 1) / kSumWarps : 0;
-  const int zeroing = (sums.table + kZeroRows - 1) / kZeroRows;
   if (joining + zeroing > 0) join_pieces_kernel<T><<<joining + zeroing, kSumPlaces, 0, stream>>>(sums, joining);
   return cudaGetLastError();
 }
@@ -52,7 +53,7 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
   const Sums sums = sums_of(b, members, to);
   if (sums.blocks() > 0) sum_members_kernel<T><<<sums.blocks(), kSumPlaces, 0, stream>>>(sums);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  return join_pieces<T>(sums, stream);
+  return join_pieces<T>(sums, zeroing_blocks(sums), stream);
 }
 
 template <typename T, int kRows, int kSlice>
@@ -90,10 +91,11 @@ cudaError_t launch_combine(Combine c, cudaStream_t stream) {
   const int slices = c.p.heads_kv * ((c.p.head_dim + W::kColumns - 1) / W::kColumns);
   const int blocks = std::min((c.sums.blocks() + W::kWalkers - 1) / W::kWalkers, std::max(1, multiprocessors() / slices));
   c.sums.walkers = std::max(1, blocks * W::kWalkers);
-  if (blocks > 0) line_up_kernel<<<c.sums.blocks(), kSumPlaces, 0, stream>>>(c);
+  const int placing = c.sums.blocks(), zeroing = zeroing_blocks(c.sums);
+  if (placing + zeroing > 0) line_up_kernel<T><<<placing + zeroing, kSumPlaces, 0, stream>>>(c, placing);
   if (blocks > 0) kernel<<<dim3(blocks, slices), W::kThreads, W::shared_bytes(c.p), stream>>>(c);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  return join_pieces<T>(c.sums, stream);
+  return join_pieces<T>(c.sums, 0, stream);
 }
 
 template <typename T, int kDim, int kGroups, bool kOneTable>

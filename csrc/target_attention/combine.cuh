@@ -25,8 +25,10 @@ __device__ __forceinline__ void store_columns(float* to, const float (&x)[kCount
 // Four bits to four bytes.
 __device__ __forceinline__ uint32_t spread(uint32_t x) { return (x & 1) | (x & 2) << 7 | (x & 4) << 14 | (x & 8) << 21; }
 
-// What every slice's walk reads of each place, gathered once.
-__global__ void __launch_bounds__(kSumPlaces) line_up_kernel(const Combine c) {
+// What every slice's walk reads of each place, gathered once. The blocks after `placing` zero the rows without members.
+template <typename T>
+__global__ void __launch_bounds__(kSumPlaces) line_up_kernel(const Combine c, int placing) {
+  if (int(blockIdx.x) >= placing) return zero_empty_rows<T>(c.sums, blockIdx.x - placing);
   const int place = blockIdx.x * kSumPlaces + threadIdx.x;
   if (place >= int(c.g.offsets[c.g.table])) return;
   const int key = int(c.g.order[place]), row = int(c.g.index[key]);
