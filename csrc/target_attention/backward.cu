@@ -6,6 +6,7 @@
 #include "combine.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
+#include "walk.cuh"
 
 namespace target_attention {
 namespace {
@@ -39,11 +40,10 @@ Sums sums_of(const BackwardParameters& b, const float* members, void* to) {
   return {members, b.g.index, b.g.order, b.g.offsets, to, b.pieces, b.p.keys, b.g.table, width(b.p), b.direct};
 }
 
-int zeroing_blocks(const Sums& sums) { return (sums.table + kZeroRows - 1) / kZeroRows; }
-
 template <typename T>
-cudaError_t join_pieces(const Sums& sums, int zeroing, cudaStream_t stream) {
+cudaError_t join_pieces(const Sums& sums, cudaStream_t stream) {
   const int blocks = sums.blocks(), joining = blocks > 1 ? (blocks + kSumWarps - 1) / kSumWarps : 0;
+  const int zeroing = (sums.table + kZeroRows - 1) / kZeroRows;
   if (joining + zeroing > 0) join_pieces_kernel<T><<<joining + zeroing, kSumPlaces, 0, stream>>>(sums, joining);
   return cudaGetLastError();
 }
@@ -53,19 +53,21 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
   const Sums sums = sums_of(b, members, to);
   if (sums.blocks() > 0) sum_members_kernel<T><<<sums.blocks(), kSumPlaces, 0, stream>>>(sums);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  return join_pieces<T>(sums, zeroing_blocks(sums), stream);
+  return join_pieces<T>(sums, stream);
 }
 
-template <typename T, int kRows, int kSlice>
-using WalkOf = Walk<T, kRows, kRows == 4 ? 16 : 12, 3, kSlice>;
+template <int kRows, int kSlice>
+using WalkOf = Walk<kRows, kRows == 4 ? 24 : 12, 3, kSlice>;
 
-// Of shared memory, for slices of `slice` bytes.
-template <typename T, int kRows>
-size_t combine_bytes(const Problem& p, int slice) {
-  return WalkOf<T, kRows, kWidestSlice>::shared_bytes(p) - size_t(p.samples) * 2 * kRows * (kWidestSlice - slice);
+// Shared memory of the second pass with slices of `slice` bytes.
+template <int kRows>
+size_t walk_bytes(const Problem& p, int slice) {
+  return WalkOf<kRows, kWidestSlice>::shared_bytes(p) - size_t(p.samples) * 2 * kRows * (kWidestSlice - slice);
 }
 size_t combine_bytes(const Problem& p, int slice) {
-  return row_slots(p) <= 4 ? combine_bytes<float, 4>(p, slice) : combine_bytes<float, 8>(p, slice);
+  const int rows = row_slots(p);
+  if (p.type == Type::kFloat) return Combine::shared_bytes(p, slice, rows);
+  return rows <= 4 ? walk_bytes<4>(p, slice) : walk_bytes<8>(p, slice);
 }
 
 // The widest slice of the query rows of all samples that shared memory holds; 0 where it holds none.
@@ -81,21 +83,38 @@ bool combines(const Problem& p) {
   return p.v_table == nullptr && rows > 0 && rows <= kMostRecordedRows && slice_of(p) > 0;
 }
 
-template <typename T, int kRows, int kSlice>
-cudaError_t launch_combine(Combine c, cudaStream_t stream) {
+template <typename T, int kRows, int kBlock, int kSlice>
+cudaError_t launch_combine(const Combine& c, cudaStream_t stream) {
   if constexpr (kSlice > kNarrowestSlice)
-    if (slice_of(c.p) < kSlice) return launch_combine<T, kRows, kSlice / 2>(c, stream);
-  using W = WalkOf<T, kRows, kSlice>;
-  const auto kernel = combine_kernel<W>;
+    if (slice_of(c.p) < kSlice) return launch_combine<T, kRows, kBlock, kSlice / 2>(c, stream);
+  const auto kernel = combine_kernel<T, kRows, kBlock, kSlice>;
+  const size_t bytes = Combine::shared_bytes(c.p, kSlice, c.row_slots);
+  TA_RETURN_IF_ERROR(allow_shared(kernel, bytes));
+  int resident = 1;
+  TA_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kBlock, bytes));
+  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(T)), warps = kBlock / 32;
+  const int blocks = std::min((c.sums.blocks() + warps - 1) / warps, std::max(1, multiprocessors() * resident / slices));
+  if (blocks > 0) kernel<<<dim3(blocks, slices), kBlock, bytes, stream>>>(c);
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+  return join_pieces<T>(c.sums, stream);
+}
+
+template <int kRows, int kSlice>
+cudaError_t launch_walk(Combine c, cudaStream_t stream) {
+  if constexpr (kSlice > kNarrowestSlice)
+    if (slice_of(c.p) < kSlice) return launch_walk<kRows, kSlice / 2>(c, stream);
+  using W = WalkOf<kRows, kSlice>;
+  const auto kernel = walk_kernel<W>;
   TA_RETURN_IF_ERROR(allow_shared(kernel, W::shared_bytes(c.p)));
-  const int slices = c.p.heads_kv * ((c.p.head_dim + W::kColumns - 1) / W::kColumns);
+  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(typename W::T));
   const int blocks = std::min((c.sums.blocks() + W::kWalkers - 1) / W::kWalkers, std::max(1, multiprocessors() / slices));
   c.sums.walkers = std::max(1, blocks * W::kWalkers);
-  const int placing = c.sums.blocks(), zeroing = zeroing_blocks(c.sums);
-  if (placing + zeroing > 0) line_up_kernel<T><<<placing + zeroing, kSumPlaces, 0, stream>>>(c, placing);
-  if (blocks > 0) kernel<<<dim3(blocks, slices), W::kThreads, W::shared_bytes(c.p), stream>>>(c);
+  if (blocks > 0) {
+    line_up_kernel<<<c.sums.blocks(), kSumPlaces, 0, stream>>>(c);
+    kernel<<<dim3(blocks, slices), W::kThreads, W::shared_bytes(c.p), stream>>>(c);
+  }
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  return join_pieces<T>(c.sums, 0, stream);
+  return join_pieces<__nv_bfloat16>(c.sums, stream);
 }
 
 template <typename T, int kDim, int kGroups, bool kOneTable>
@@ -140,8 +159,13 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
   }
   if (records) {
     TA_RETURN_IF_ERROR(follow(sums, stream));
-    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records};
-    return parameters.row_slots <= 4 ? launch_combine<T, 4, kWidestSlice>(c, sums) : launch_combine<T, 8, kWidestSlice>(c, sums);
+    const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
+                    parameters.row_slots};
+    if constexpr (sizeof(T) == 2)
+      return parameters.row_slots <= 4 ? launch_walk<4, kWidestSlice>(c, sums) : launch_walk<8, kWidestSlice>(c, sums);
+    else
+      return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
+                                       : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));
@@ -165,7 +189,7 @@ size_t dq_bytes(const Problem& p) {
 
 // What the first pass leaves of the keys.
 size_t members_bytes(const Problem& p) {
-  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::member_bytes(p));
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::sample_bytes(p)) + aligned(Records::member_bytes(p));
   return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
 }
 
@@ -196,7 +220,9 @@ cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cuda
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   if (combines(p)) {
     parameters.records.pairs = reinterpret_cast<float2*>(bytes);
-    parameters.records.members = reinterpret_cast<int4*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
+    bytes += aligned(Records::pair_bytes(p, row_slots(p)));
+    parameters.records.samples = reinterpret_cast<int*>(bytes);
+    parameters.records.members = reinterpret_cast<int4*>(bytes + aligned(Records::sample_bytes(p)));
   } else {
     parameters.dk_members = reinterpret_cast<float*>(bytes);
     if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);

@@ -145,7 +145,7 @@ class MmaBackward {
   };
 
   __device__ MmaBackward(const BackwardParameters& b, const QueryRows& rows, int first,
-                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int head_kv)
+                         const QueryTile<Shape, kRows>& tile, Scratch& scratch, int, int head_kv)
       : b_(b), rows_(rows), first_(first), tile_(tile), scratch_(scratch), weights_(b.p, rows, first),
         writer_{b, head_kv, first > 0} {
 #pragma unroll
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) backward_kernel(con
     {
       KeyStream<Shape> stream(p, chunk, head_kv, shared.stages[warp], b.g.index, b.g.offsets);
       __syncthreads();
-      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], head_kv);
+      Worker worker(b, rows, first, shared.tile, shared.scratch[warp], chunk.sample, head_kv);
       for (int tile = 0; tile < stream.tiles(); ++tile)
         worker.consume(stream.next(tile), stream.key(tile), stream.keys_left(tile));
       copy_wait<0>();

@@ -5,7 +5,7 @@
 
 namespace target_attention {
 
-// As Records hold them: of bfloat16 as two parts, high and low, each with ds in front.
+// As Records hold them.
 template <typename T>
 __device__ __forceinline__ float2 recorded(float ds, float p) {
   if constexpr (sizeof(T) == 4) return make_float2(ds, p);
@@ -26,8 +26,8 @@ class CoefficientWorker {
   struct Scratch {};
 
   __device__ CoefficientWorker(const BackwardParameters& b, const QueryRows& rows, int first,
-                               const QueryTile<Shape, kRows>& tile, Scratch&, int head_kv)
-      : b_(b), rows_(rows), tile_(tile), weights_(b.p, rows, first), head_kv_(head_kv) {
+                               const QueryTile<Shape, kRows>& tile, Scratch&, int sample, int head_kv)
+      : b_(b), rows_(rows), tile_(tile), weights_(b.p, rows, first), sample_(sample), head_kv_(head_kv) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i)
 #pragma unroll
@@ -35,7 +35,7 @@ class CoefficientWorker {
   }
 
   __device__ void consume(typename Shape::Stage& stage, int key, int keys_left) {
-    const int row = row_of(0);
+    const int lane = threadIdx.x % 32, row = row_of(0);
     float both[1][kTile / 8][4], p[kTile / 8][2], ds[1][kTile / 8][4];
     score<Shape, 1>(both, tile_.q(), stage.k());
     uint32_t absent = ~0u;
@@ -55,6 +55,7 @@ class CoefficientWorker {
       }
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     add(ds, stage.k());
+    if (head_kv_ == 0 && lane < keys_left) b_.records.samples[key + lane] = sample_;
     const int pairs = record_pairs(b_.row_slots);
     if (row >= pairs) return;
 #pragma unroll
@@ -103,7 +104,7 @@ class CoefficientWorker {
   const QueryRows& rows_;
   const QueryTile<Shape, kRows>& tile_;
   PairWeights<Shape, 1> weights_;
-  int head_kv_;
+  int sample_, head_kv_;
   float dq_[1][kSums][4];
 };
 

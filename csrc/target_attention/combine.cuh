@@ -1,192 +1,178 @@
-// Backward, second pass where a sample has few query rows. The gradient of a table row is
+// Backward, second pass where a sample has few query rows, in float32 (bfloat16: walk.cuh). The gradient of a table row is
 //   sum over its members u and the query rows r of u's sample:  ds[u, r] q[r] + p[u, r] dout[r],
-// members in order. A block keeps a slice of every row of q and dout, of all samples, in shared memory: what moves are the coefficients
-// ds and p, 8 bytes a pair and slice, and the gradient, once. Warps go by place in `order`, not by table row.
+// members in order. A block keeps a slice of every row of q and dout, of all samples, in shared memory: what moves are the
+// coefficients ds and p, 8 bytes a pair and slice, and the gradient, once. Threads go by place in `order`, not by table row.
 #pragma once
 
-#include "factors.cuh"
+#include "rows.cuh"
 
 namespace target_attention {
 
 constexpr int kWidestSlice = 64, kNarrowestSlice = 16;  // bytes of a row
 
-template <int kCount>
-__device__ __forceinline__ void store_columns(__nv_bfloat16* to, const float (&x)[kCount]) {
-  if constexpr (kCount == 4) store_four(to, make_float4(x[0], x[1], x[2], x[3]));
-  else if constexpr (kCount == 2) *reinterpret_cast<uint32_t*>(to) = Half<__nv_bfloat16>::pack(x[0], x[1]);
-  else *to = narrow<__nv_bfloat16>(x[0]);
-}
-template <int kCount>
-__device__ __forceinline__ void store_columns(float* to, const float (&x)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = x[i];
-}
+struct Combine {
+  Problem p;
+  Gradients g;
+  Sums sums;
+  Records records;
+  int row_slots;
 
-// Four bits to four bytes.
-__device__ __forceinline__ uint32_t spread(uint32_t x) { return (x & 1) | (x & 2) << 7 | (x & 4) << 14 | (x & 8) << 21; }
-
-// What every slice's walk reads of each place, gathered once. The blocks after `placing` zero the rows without members.
-template <typename T>
-__global__ void __launch_bounds__(kSumPlaces) line_up_kernel(const Combine c, int placing) {
-  if (int(blockIdx.x) >= placing) return zero_empty_rows<T>(c.sums, blockIdx.x - placing);
-  const int place = blockIdx.x * kSumPlaces + threadIdx.x;
-  if (place >= int(c.g.offsets[c.g.table])) return;
-  const int key = int(c.g.order[place]), row = int(c.g.index[key]);
-  int sample = 0, end = c.p.samples;
-  while (end - sample > 1) {
-    const int middle = (sample + end) / 2;
-    if (c.p.cu_seqlens_k[middle] <= key) sample = middle;
-    else end = middle;
+  __host__ __device__ static int slices(const Problem& p, int slice, int element) {
+    return (p.head_dim * element + slice - 1) / slice;
   }
-  c.records.members[place] = make_int4(key, row, sample, 0);
+  static size_t shared_bytes(const Problem& p, int slice, int row_slots) { return size_t(p.samples) * row_slots * 2 * slice; }
+};
+
+// d(score) and p of up to kRows query rows; the other way round where `turned`.
+template <int kRows>
+struct Coefficients {
+  float4 two[kRows / 2];
+
+  // swapped: neighbouring rows in each other's place
+  __device__ void load(const float2* record, bool swapped) {
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) {
+      const float4 x = reinterpret_cast<const float4*>(record)[i];
+      two[i] = swapped ? make_float4(x.z, x.w, x.x, x.y) : x;
+    }
+  }
+  __device__ float2 of(int row, bool turned) const {
+    const float ds = row % 2 == 0 ? two[row / 2].x : two[row / 2].z, p = row % 2 == 0 ? two[row / 2].y : two[row / 2].w;
+    return turned ? make_float2(p, ds) : make_float2(ds, p);
+  }
+};
+
+// sum += 16 bytes of a row times its coefficient
+__device__ __forceinline__ void add_piece(float (&sum)[4], uint4 piece, float by) {
+  sum[0] += __uint_as_float(piece.x) * by, sum[1] += __uint_as_float(piece.y) * by;
+  sum[2] += __uint_as_float(piece.z) * by, sum[3] += __uint_as_float(piece.w) * by;
 }
 
-// grid (any, heads_kv * slices)
-template <class Walk>
-__global__ void __launch_bounds__(Walk::kThreads, 1) combine_kernel(const Combine c) {
-  using T = typename Walk::T;
-  using Factors = Factors<Walk>;
-  using Stage = typename Walk::Stage;
-  constexpr int kRuns = Walk::kRuns, kSteps = Walk::kSteps, kStages = Walk::kStages, kChunks = Walk::kChunks;
+__device__ __forceinline__ void store_piece(float* to, const float (&x)[4]) { store_four(to, make_float4(x[0], x[1], x[2], x[3])); }
+
+// kRows: at least row_slots. kSlice: bytes of a row that a block holds, the narrower the more samples there are. grid (any, heads_kv * slices)
+template <typename T, int kRows, int kBlock, int kSlice>
+__global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
+  constexpr int kPieceLanes = kSlice / 16;     // lanes of a group, 16 bytes each
+  constexpr int kMembers = 32 / kPieceLanes;   // groups of a warp: each adds up members of its own
+  constexpr int kRun = kSumPlaces / kMembers;  // places of a group, one after the other; a warp has as many as a block of Sums
   extern __shared__ __align__(16) unsigned char bytes[];
+  constexpr int kColumns = 16 / int(sizeof(T));  // of a lane
   const Problem& p = c.p;
-  const int slices = (p.head_dim * int(sizeof(T)) + Walk::kSlice - 1) / Walk::kSlice;
-  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (Walk::kSlice / int(sizeof(T)));
-  Factors::load(bytes, c, head_kv, first_column);
+  uint4* const pieces = reinterpret_cast<uint4*>(bytes);  // (samples, row_slots, q and dout, kPieceLanes)
+  const int slices = Combine::slices(p, kSlice, sizeof(T));
+  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kSlice / int(sizeof(T)));
+  for (int i = threadIdx.x; i < p.samples * c.row_slots * 2 * kPieceLanes; i += kBlock) {
+    const int row = i / (2 * kPieceLanes) % c.row_slots, column = first_column + i % kPieceLanes * kColumns;
+    const QueryRows rows(p, i / (2 * kPieceLanes) / c.row_slots, head_kv);
+    const T* const from = static_cast<const T*>(i / kPieceLanes % 2 == 0 ? p.q : c.g.dout);
+    uint4 piece = make_uint4(0, 0, 0, 0);
+    if (row < rows.count && column < p.head_dim)
+      piece = *reinterpret_cast<const uint4*>(from + rows.index(p, row) * p.head_dim + column);
+    pieces[i] = piece;
+  }
   __syncthreads();
 
-  const int places = int(c.g.offsets[c.g.table]), span = c.sums.span(places);
-  const int walker = threadIdx.x / 32 * gridDim.x + blockIdx.x, lane = threadIdx.x % 32;
-  const int first = walker * span, steps = span / kRuns, rounds = steps / kSteps;
-  if (first >= places) return;
-  Stage* const stages =
-      reinterpret_cast<Stage*>(bytes + size_t(p.samples) * Walk::kSampleBytes) + threadIdx.x / 32 * kStages;
-
-  // A lane fills step lane % kSteps of run lane / kSteps.
-  const int own = first + lane / kSteps * steps + lane % kSteps;
-  const auto member_at = [&](int round) {
-    const int place = own + round * kSteps;
-    return round <= rounds && place < places ? c.records.members[place] : make_int4(-1, -1, 0, 0);
+  const int lane = threadIdx.x % 32, part = lane % kPieceLanes, group = lane / kPieceLanes;
+  // Neighbouring groups read q and dout in opposite order, and of narrow slices also rows: else they would want the same banks.
+  const bool turned = group % 2, swapped = kSlice < kWidestSlice && group / 2 % 2;
+  const int column = first_column + part * kColumns, at_column = head_kv * p.head_dim + column;
+  const bool inside = column < p.head_dim;
+  const int places = int(c.g.offsets[c.g.table]);
+  T* const to = static_cast<T*>(c.sums.to) + at_column;
+  const auto key_at = [&](int place) { return place >= 0 && place < places ? int(c.g.order[place]) : -1; };
+  const auto record = [&](int key) {
+    return c.records.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
   };
-  const auto fill = [&](int round, int slot, const int4& member) {
-    if (round <= rounds) {  // of the round behind the last only rows are read
-      Stage& stage = stages[slot];
-      constexpr int kParts = sizeof(stage.records[0][0]) / 16;
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        const int at = i * (32 / kParts) + lane / kParts, key = __shfl_sync(~0u, member.x, at);
-        const float2* const record = c.records.pairs + (int64_t(max(key, 0)) * p.heads_kv + head_kv) * Walk::kRows;
-        copy_async(reinterpret_cast<uint4*>(stage.records[at % kSteps][at / kSteps]) + lane % kParts,
-                   reinterpret_cast<const uint4*>(record) + lane % kParts, key >= 0);
-      }
-      const int step = lane % kSteps, run = lane / kSteps;
-      stage.rows[step][run] = member.y;
-      stage.samples[step][run % 2][run / 2] = uint16_t(member.z);
-    }
-    copy_commit();
-  };
+  // The gradient's row and the sample of a key; row -1 where there is none.
+  const auto names_of = [&](int key) { return key < 0 ? make_int2(-1, 0) : make_int2(int(c.g.index[key]), c.records.samples[key]); };
 
-  // Of sums a lane holds run lane % 4, and of each chunk column lane / 4.
-  const int run = lane % kRuns, column = first_column + lane / 4 * kChunks;
-  unsigned char* const to = reinterpret_cast<unsigned char*>(static_cast<T*>(c.sums.to) + head_kv * p.head_dim + column);
-  const uint32_t row_bytes = uint32_t(c.sums.width) * sizeof(T);
-  const bool inside = lane / 4 < Walk::kWide && column < p.head_dim;
-  float sum[kChunks] = {}, before[kChunks] = {};  // before: of a row that began before the run
-
-  int4 ahead[kStages];
-#pragma unroll
-  for (int r = 0; r < kStages; ++r) ahead[r] = member_at(r);
-#pragma unroll
-  for (int r = 0; r + 1 < kStages; ++r) fill(r, r, ahead[r]);
-  int4 member = ahead[kStages - 1];
-  int slot = 0;
-  const int before_run = first + run * steps - 1;
-  const int row_before = before_run >= 0 && before_run < places ? c.records.members[before_run].y : -1;
-  copy_wait<kStages - 2>();
-  __syncwarp();
-  const bool begins_before = row_before >= 0 && stages[0].rows[0][run] == row_before;
-  // Bits of runs are kSteps apart, as those of lanes that fill them.
-  constexpr uint32_t kEach = 0x01010101u;
-  const int shift = run * kSteps;
-  const uint32_t began_before = spread(__ballot_sync(~0u, lane < kRuns && begins_before));
-  uint32_t begun = began_before, ends = 0;
-
-  const uint32_t slice = Factors::at_lane(bytes);
-  typename Factors::Members members;
-  Factors factors;
-  members.ask(stages[0], 0);
-  factors.read(members, slice);
-  members.ask(stages[0], 1);
+  const int warps = gridDim.x * (kBlock / 32);
+  for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
+    const int first = tile * kSumPlaces + group * kRun;
+    float sum[kColumns] = {}, before[kColumns] = {};  // before: of a row that began before the run
+    bool began_before = false, spans = false, opens = false;
+    int row_before = names_of(key_at(first - 1)).x;
+    int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
+    int2 names = names_of(key), names_next{};
+    Coefficients<kRows> by, by_next;
+    by.load(record(max(__shfl_sync(~0u, key, 0, kPieceLanes), 0)), swapped);
+    int row = __shfl_sync(~0u, names.x, 0, kPieceLanes);
+    bool begun = row == row_before;
 #pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
-    __syncwarp();  // everybody is done with the stage that is filled now
-    fill(round + kStages - 1, slot == 0 ? kStages - 1 : slot - 1, member);
-    member = member_at(round + kStages);
-    copy_wait<kStages - 2>();
-    __syncwarp();
-    const Stage& stage = stages[slot];
-    slot = slot + 1 == kStages ? 0 : slot + 1;
-    const Stage& after = stages[slot];
-    const int step = lane % kSteps;
-    ends = __ballot_sync(~0u, stage.rows[step][lane / kSteps] != (step + 1 < kSteps ? stage.rows[step + 1] : after.rows[0])[lane / kSteps]);
+    for (int at = first; at < first + kRun; at += kPieceLanes) {
+      int key_later = -1;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      Factors next;
-      next.read(members, slice);
-      members.ask(s + 2 < kSteps ? stage : after, (s + 2) % kSteps);
-      factors.add(sum);
-      factors = next;
-      const uint32_t ending = ends >> s & kEach;
-      if (ending == 0) continue;
-      const uint32_t late = ending & begun;
-      if (late != 0) {
-        begun &= ~late;
+      for (int s = 0; s < kPieceLanes; ++s) {
+        // Keys are looked up two rounds ahead, their names one, their coefficients a step: nothing waits for the one before.
+        if (s == 0) names_next = names_of(key_next), key_later = key_at(at + 2 * kPieceLanes + part);
+        const bool last = s + 1 == kPieceLanes;
+        by_next.load(record(max(__shfl_sync(~0u, last ? key_next : key, (s + 1) % kPieceLanes, kPieceLanes), 0)), swapped);
+        const int sample = __shfl_sync(~0u, names.y, s, kPieceLanes);
+        const int row_next = __shfl_sync(~0u, last ? names_next.x : names.x, (s + 1) % kPieceLanes, kPieceLanes);
+        if (row >= 0) {
+          const uint4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) before[i] = late >> shift & 1 ? sum[i] : before[i];
-      }
-      if (((ending & ~late) >> shift & 1) != 0 && inside)
-        store_columns(reinterpret_cast<T*>(to + uint64_t(uint32_t(stage.rows[s][run])) * row_bytes), sum);
-      const bool mine = ending >> shift & 1;
+          for (int i = 0; i < kRows; ++i)
+            if (const int r = i ^ int(swapped); r < c.row_slots) {
+              const float2 coefficients = by.of(i, turned);
+              add_piece(sum, from[(2 * r + turned) * kPieceLanes], coefficients.x);
+              add_piece(sum, from[(2 * r + !turned) * kPieceLanes], coefficients.y);
+            }
+          const bool ends = row != row_next, cut = at + s + 1 == first + kRun && !ends;
+          if (ends || cut) {
+            opens = cut && !begun;
+            if (begun) {
+              began_before = true, spans = cut, row_before = row;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) sum[i] = mine ? 0.f : sum[i];
-    }
-  }
-  copy_wait<0>();
-
-  // Rows that lie in several runs, added up run by run; those that leave the warp's places go to `pieces` of Sums.
-  const bool cut = !(ends >> (shift + kSteps - 1) & 1) && stages[slot].rows[0][run] >= 0, spans = cut && (begun >> shift & 1);
+              for (int i = 0; i < kColumns; ++i) before[i] = sum[i];
+            } else if (ends && inside) {
+              store_piece(to + int64_t(row) * c.sums.width, sum);
+            }
+            begun = false;
+            if (!opens)
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) before[i] = spans ? sum[i] : before[i];
-  const uint32_t with_before = __ballot_sync(~0u, began_before >> shift & 1), with_open = __ballot_sync(~0u, cut && !spans);
-  const uint32_t with_span = __ballot_sync(~0u, spans);
-  bool under_way = false, began_here = false;
-  float total[kChunks] = {};
-  float* const piece = c.sums.piece(walker, 0) + head_kv * p.head_dim + column;
-  float* const piece_after = c.sums.piece(walker, 1) + head_kv * p.head_dim + column;
-#pragma unroll 1
-  for (int g = 0; g < kRuns; ++g) {
-    const int from = lane / kRuns * kRuns + g;
-    if (with_before >> g & 1) {
-#pragma unroll
-      for (int i = 0; i < kChunks; ++i) total[i] += __shfl_sync(~0u, before[i], from);
-      const int into = __shfl_sync(~0u, row_before, from);
-      under_way = with_span >> g & 1;
-      if (!under_way) {
-        if (run == 0 && inside) {
-          if (began_here) store_columns(reinterpret_cast<T*>(to + uint64_t(uint32_t(into)) * row_bytes), total);
-          else store_columns(piece, total);
+              for (int i = 0; i < kColumns; ++i) sum[i] = 0.f;
+          }
         }
+        by = by_next, row = row_next;
+      }
+      key = key_next, key_next = key_later, names = names_next;
+    }
+
+    // Rows that lie in several runs, added up run by run; those that leave the warp's places go to `pieces` of Sums.
+    const uint32_t with_before = __ballot_sync(~0u, began_before), with_open = __ballot_sync(~0u, opens);
+    if ((with_before | with_open) == 0) continue;
+    const uint32_t with_span = __ballot_sync(~0u, spans);
+    bool under_way = false, began_here = false;
+    float total[kColumns] = {};
+    for (int g = 0; g < kMembers; ++g) {
+      const int from = g * kPieceLanes + part;
+      const uint32_t bit = 1u << (g * kPieceLanes);
+      if (with_before & bit) {
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) total[i] = 0.f;
+        for (int i = 0; i < kColumns; ++i) total[i] += __shfl_sync(~0u, before[i], from);
+        const int row = __shfl_sync(~0u, row_before, from);
+        under_way = with_span & bit;
+        if (!under_way) {
+          if (group == 0 && inside) {
+            if (began_here)
+              store_piece(to + int64_t(row) * c.sums.width, total);
+            else
+              store_piece(c.sums.piece(tile, 0) + at_column, total);
+          }
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) total[i] = 0.f;
+        }
+      }
+      if (with_open & bit) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) total[i] = __shfl_sync(~0u, sum[i], from);
+        under_way = began_here = true;
       }
     }
-    if (with_open >> g & 1) {
-#pragma unroll
-      for (int i = 0; i < kChunks; ++i) total[i] = __shfl_sync(~0u, sum[i], from);
-      under_way = began_here = true;
-    }
+    if (under_way && group == 0 && inside) store_piece(c.sums.piece(tile, began_here ? 1 : 0) + at_column, total);
   }
-  if (under_way && run == 0 && inside) store_columns(began_here ? piece_after : piece, total);
 }
 
 }  // namespace target_attention

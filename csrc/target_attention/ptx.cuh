@@ -62,13 +62,6 @@ __device__ __forceinline__ Fragment load_turned(uint32_t row) {
       : "r"(row));
   return f;
 }
-__device__ __forceinline__ Fragment load_unturned(uint32_t row) {
-  Fragment f;
-  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3])
-      : "r"(row));
-  return f;
-}
 
 template <typename T>
 struct Half;

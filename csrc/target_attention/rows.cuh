@@ -12,15 +12,18 @@ constexpr int kZeroRows = kSumPlaces;       // table rows among which a block lo
 constexpr int kAhead = 4;                   // members under way at a time
 
 // What the first pass leaves of a key where coefficients are enough: for every query row d(score), scaled, and p, in whole sectors of
-// memory; of bfloat16 as pairs of their high parts and of their low parts. Nothing of the gradient's rows, which may be found meanwhile.
+// memory, of bfloat16 as pairs of their high parts and of their low parts; and once for all heads its sample. Nothing of the gradient's rows,
+// which may be found meanwhile.
 constexpr int kMostRecordedRows = 8;
 __host__ __device__ constexpr int record_pairs(int rows) { return rows <= 4 ? 4 : 8; }
 struct Records {
   float2* pairs;  // (keys, heads_kv, record_pairs)
-  int4* members;  // (keys,): of each place of `order` the key, its row of the gradient, and its sample
+  int* samples;   // (keys,)
+  int4* members;  // bfloat16: (keys,): of each place of `order` the key, its row of the gradient, and its sample
 
   static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
-  static size_t member_bytes(const Problem& p) { return sizeof(int4) * p.keys; }
+  static size_t sample_bytes(const Problem& p) { return sizeof(int) * p.keys; }
+  static size_t member_bytes(const Problem& p) { return p.type == Type::kBFloat16 ? sizeof(int4) * p.keys : 0; }
 };
 
 struct Sums {
