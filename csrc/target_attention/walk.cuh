@@ -15,13 +15,13 @@ struct Walk {
   static constexpr int kThreads = 32 * kWalkers, kRuns = 4, kSteps = 32 / kRuns;
   static constexpr int kDepth = 2 * kRows, kHalves = kDepth / 8;
   static constexpr int kColumns = kSlice / int(sizeof(T));
-  static constexpr int kChunks = kColumns / 8;           // place g of chunk i is column kChunks * g + i of the slice
+  static constexpr int kChunks = kColumns / 8;  // place g of chunk i is column kChunks * g + i of the slice
   static constexpr int kProducts = (kChunks + 1) / 2;
   static constexpr int kSampleBytes = kDepth * kSlice;
 
   struct alignas(16) Stage {
     uint32_t records[kSteps][kRuns][2 * kRows];
-    int rows[kSteps][kRuns];              // of the gradient; -1: no member
+    int rows[kSteps][kRuns];                 // of the gradient; -1: no member
     uint16_t samples[kSteps][2][kRuns / 2];  // of runs 0 and 2, then of 1 and 3
   };
   static size_t shared_bytes(const Problem& p) { return size_t(p.samples) * kSampleBytes + sizeof(Stage) * kWalkers * kStages; }
