@@ -6,6 +6,7 @@
 #include "combine.cuh"
 #include "launch.cuh"
 #include "rows.cuh"
+#include "walk.cuh"
 
 namespace target_attention {
 namespace {
@@ -55,10 +56,24 @@ cudaError_t sum_rows(const BackwardParameters& b, const float* members, void* to
   return join_pieces<T>(sums, stream);
 }
 
+template <int kRows, int kSlice>
+using WalkOf = Walk<kRows, kRows == 4 ? 24 : 12, 3, kSlice>;
+
+// Shared memory of the second pass with slices of `slice` bytes.
+template <int kRows>
+size_t walk_bytes(const Problem& p, int slice) {
+  return WalkOf<kRows, kWidestSlice>::shared_bytes(p) - size_t(p.samples) * 2 * kRows * (kWidestSlice - slice);
+}
+size_t combine_bytes(const Problem& p, int slice) {
+  const int rows = row_slots(p);
+  if (p.type == Type::kFloat) return Combine::shared_bytes(p, slice, rows);
+  return rows <= 4 ? walk_bytes<4>(p, slice) : walk_bytes<8>(p, slice);
+}
+
 // The widest slice of the query rows of all samples that shared memory holds; 0 where it holds none.
 int slice_of(const Problem& p) {
   int slice = kWidestSlice;
-  while (slice >= kNarrowestSlice && Combine::shared_bytes(p, slice, row_slots(p)) > shared_limit()) slice /= 2;
+  while (slice >= kNarrowestSlice && combine_bytes(p, slice) > shared_limit()) slice /= 2;
   return slice >= kNarrowestSlice ? slice : 0;
 }
 
@@ -82,6 +97,24 @@ cudaError_t launch_combine(const Combine& c, cudaStream_t stream) {
   if (blocks > 0) kernel<<<dim3(blocks, slices), kBlock, bytes, stream>>>(c);
   TA_RETURN_IF_ERROR(cudaGetLastError());
   return join_pieces<T>(c.sums, stream);
+}
+
+template <int kRows, int kSlice>
+cudaError_t launch_walk(Combine c, cudaStream_t stream) {
+  if constexpr (kSlice > kNarrowestSlice)
+    if (slice_of(c.p) < kSlice) return launch_walk<kRows, kSlice / 2>(c, stream);
+  using W = WalkOf<kRows, kSlice>;
+  const auto kernel = walk_kernel<W>;
+  TA_RETURN_IF_ERROR(allow_shared(kernel, W::shared_bytes(c.p)));
+  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(typename W::T));
+  const int blocks = std::min((c.sums.blocks() + W::kWalkers - 1) / W::kWalkers, std::max(1, multiprocessors() / slices));
+  c.sums.walkers = std::max(1, blocks * W::kWalkers);
+  if (blocks > 0) {
+    line_up_kernel<<<c.sums.blocks(), kSumPlaces, 0, stream>>>(c);
+    kernel<<<dim3(blocks, slices), W::kThreads, W::shared_bytes(c.p), stream>>>(c);
+  }
+  TA_RETURN_IF_ERROR(cudaGetLastError());
+  return join_pieces<__nv_bfloat16>(c.sums, stream);
 }
 
 template <typename T, int kDim, int kGroups, bool kOneTable>
@@ -128,8 +161,11 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     TA_RETURN_IF_ERROR(follow(sums, stream));
     const Combine c{p, parameters.g, sums_of(parameters, nullptr, parameters.g.dk_table), parameters.records,
                     parameters.row_slots};
-    return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
-                                     : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
+    if constexpr (sizeof(T) == 2)
+      return parameters.row_slots <= 4 ? launch_walk<4, kWidestSlice>(c, sums) : launch_walk<8, kWidestSlice>(c, sums);
+    else
+      return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
+                                       : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));
@@ -153,7 +189,7 @@ size_t dq_bytes(const Problem& p) {
 
 // What the first pass leaves of the keys.
 size_t members_bytes(const Problem& p) {
-  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::sample_bytes(p));
+  if (combines(p)) return aligned(Records::pair_bytes(p, row_slots(p))) + aligned(Records::sample_bytes(p)) + aligned(Records::member_bytes(p));
   return aligned(sizeof(float) * p.keys * width(p)) * (p.v_table == nullptr ? 1 : 2);
 }
 
@@ -184,7 +220,9 @@ cudaError_t backward(const Problem& p, const Gradients& g, void* workspace, cuda
   parameters.pieces = reinterpret_cast<float*>(bytes + members_bytes(p));
   if (combines(p)) {
     parameters.records.pairs = reinterpret_cast<float2*>(bytes);
-    parameters.records.samples = reinterpret_cast<int*>(bytes + aligned(Records::pair_bytes(p, row_slots(p))));
+    bytes += aligned(Records::pair_bytes(p, row_slots(p)));
+    parameters.records.samples = reinterpret_cast<int*>(bytes);
+    parameters.records.members = reinterpret_cast<int4*>(bytes + aligned(Records::sample_bytes(p)));
   } else {
     parameters.dk_members = reinterpret_cast<float*>(bytes);
     if (p.v_table != nullptr) parameters.dv_members = reinterpret_cast<float*>(bytes + members_bytes(p) / 2);

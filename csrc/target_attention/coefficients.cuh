@@ -5,6 +5,15 @@
 
 namespace target_attention {
 
+// As Records hold them.
+template <typename T>
+__device__ __forceinline__ float2 recorded(float ds, float p) {
+  if constexpr (sizeof(T) == 4) return make_float2(ds, p);
+  const uint32_t high = Half<__nv_bfloat16>::pack(ds, p);
+  const uint32_t low = Half<__nv_bfloat16>::pack(ds - __uint_as_float(high << 16), p - __uint_as_float(high & 0xffff0000u));
+  return make_float2(__uint_as_float(high), __uint_as_float(low));
+}
+
 // Rows of q and of dout fill the 16 of a product together: one gives q.k and dout.k of a query row, in the same lane.
 // kPlain: is_plain, and no gradient of weights.
 template <typename T, int kDim, bool kPlain>
@@ -47,14 +56,15 @@ class CoefficientWorker {
     if (!kPlain && b_.p.normaliser == Normaliser::kSoftmax && weights_.per_pair()) weights_.clear_absent(stage, absent);
     add(ds, stage.k());
     if (head_kv_ == 0 && lane < keys_left) b_.records.samples[key + lane] = sample_;
-    if (row >= b_.row_slots) return;
     const int pairs = record_pairs(b_.row_slots);
+    if (row >= pairs) return;
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (const int column = column_of(n, i); column < keys_left)
-          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + head_kv_) * pairs + row] = make_float2(ds[0][n][i], p[n][i]);
+          b_.records.pairs[(int64_t(key + column) * b_.p.heads_kv + head_kv_) * pairs + row] =
+              row < rows_.count ? recorded<T>(ds[0][n][i], p[n][i]) : make_float2(0.f, 0.f);
   }
 
   // (kRows, kDim), rows kSumStride<kDim> apart

@@ -1,4 +1,4 @@
-// Backward, second pass where a sample has few query rows. The gradient of a table row is
+// Backward, second pass where a sample has few query rows, in float32 (bfloat16: walk.cuh). The gradient of a table row is
 //   sum over its members u and the query rows r of u's sample:  ds[u, r] q[r] + p[u, r] dout[r],
 // members in order. A block keeps a slice of every row of q and dout, of all samples, in shared memory: what moves are the
 // coefficients ds and p, 8 bytes a pair and slice, and the gradient, once. Threads go by place in `order`, not by table row.
@@ -43,28 +43,12 @@ struct Coefficients {
 };
 
 // sum += 16 bytes of a row times its coefficient
-__device__ __forceinline__ void add_piece(float (&sum)[8], uint4 piece, float by) {
-  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum[2 * i] += __uint_as_float(words[i] << 16) * by;
-    sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u) * by;
-  }
-}
 __device__ __forceinline__ void add_piece(float (&sum)[4], uint4 piece, float by) {
   sum[0] += __uint_as_float(piece.x) * by, sum[1] += __uint_as_float(piece.y) * by;
   sum[2] += __uint_as_float(piece.z) * by, sum[3] += __uint_as_float(piece.w) * by;
 }
 
-template <typename T, int kCount>
-__device__ __forceinline__ void store_piece(T* to, const float (&sum)[kCount]) {
-  if constexpr (sizeof(T) == 2)
-    *reinterpret_cast<uint4*>(to) = make_uint4(Half<T>::pack(sum[0], sum[1]), Half<T>::pack(sum[2], sum[3]),
-                                               Half<T>::pack(sum[4], sum[5]), Half<T>::pack(sum[6], sum[7]));
-  else
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) store_four(to + i, make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]));
-}
+__device__ __forceinline__ void store_piece(float* to, const float (&x)[4]) { store_four(to, make_float4(x[0], x[1], x[2], x[3])); }
 
 // kRows: at least row_slots. kSlice: bytes of a row that a block holds, the narrower the more samples there are. grid (any, heads_kv * slices)
 template <typename T, int kRows, int kBlock, int kSlice>

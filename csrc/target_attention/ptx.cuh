@@ -54,6 +54,15 @@ __device__ __forceinline__ Fragment load_transposed(const void* row) {
   return f;
 }
 
+// The same of shared memory that is not written any more: may be moved.
+__device__ __forceinline__ Fragment load_turned(uint32_t row) {
+  Fragment f;
+  asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(f.x[0]), "=r"(f.x[1]), "=r"(f.x[2]), "=r"(f.x[3])
+      : "r"(row));
+  return f;
+}
+
 template <typename T>
 struct Half;
 

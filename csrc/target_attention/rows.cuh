@@ -12,15 +12,18 @@ constexpr int kZeroRows = kSumPlaces;       // table rows among which a block lo
 constexpr int kAhead = 4;                   // members under way at a time
 
 // What the first pass leaves of a key where coefficients are enough: for every query row d(score), scaled, and p, in whole sectors of
-// memory; and once for all heads its sample. Nothing of the gradient's rows, which may be found meanwhile.
+// memory, of bfloat16 as pairs of their high parts and of their low parts; and once for all heads its sample. Nothing of the gradient's rows,
+// which may be found meanwhile.
 constexpr int kMostRecordedRows = 8;
 __host__ __device__ constexpr int record_pairs(int rows) { return rows <= 4 ? 4 : 8; }
 struct Records {
   float2* pairs;  // (keys, heads_kv, record_pairs)
   int* samples;   // (keys,)
+  int4* members;  // bfloat16: (keys,): of each place of `order` the key, its row of the gradient, and its sample
 
   static size_t pair_bytes(const Problem& p, int rows) { return sizeof(float2) * p.keys * p.heads_kv * record_pairs(rows); }
   static size_t sample_bytes(const Problem& p) { return sizeof(int) * p.keys; }
+  static size_t member_bytes(const Problem& p) { return p.type == Type::kBFloat16 ? sizeof(int4) * p.keys : 0; }
 };
 
 struct Sums {
@@ -33,7 +36,12 @@ struct Sums {
   int keys, table;         // keys: places there are; those behind the last row's members are nobody's
   int width;               // a multiple of 4
   bool skip_lone;          // rows with one member are written already
+  int walkers = 0;         // warps of the walk, which go by spans of their own
 
+  // Places that come to one slot of `pieces`.
+  __device__ int span(int places) const {
+    return walkers == 0 ? kSumPlaces : max(kSumPlaces, (places + 32 * walkers - 1) / (32 * walkers) * 32);
+  }
   int blocks() const { return (keys + kSumPlaces - 1) / kSumPlaces; }
   static size_t piece_bytes(int64_t keys, int width) {
     return sizeof(float) * 2 * ((keys + kSumPlaces - 1) / kSumPlaces) * width;
@@ -139,15 +147,15 @@ __global__ void __launch_bounds__(kSumPlaces, 4) sum_members_kernel(const Sums s
 template <typename T>
 __global__ void __launch_bounds__(kSumPlaces) join_pieces_kernel(const Sums s, int joining) {
   if (int(blockIdx.x) >= joining) return zero_empty_rows<T>(s, blockIdx.x - joining);
-  const int blocks = (int(s.offsets[s.table]) + kSumPlaces - 1) / kSumPlaces;
+  const int places = int(s.offsets[s.table]), span = s.span(places), blocks = (places + span - 1) / span;
   const int block = blockIdx.x * kSumWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block + 1 >= blocks) return;
-  const Segment segment(s, int(s.order[(block + 1) * kSumPlaces - 1]));
-  if (segment.begin < block * kSumPlaces || segment.end <= (block + 1) * kSumPlaces) return;
+  const Segment segment(s, int(s.order[(block + 1) * span - 1]));
+  if (segment.begin < block * span || segment.end <= (block + 1) * span) return;
   for (int c = 4 * lane; c < s.width; c += 128) {
     float4 sum = *reinterpret_cast<const float4*>(s.piece(block, 1) + c);
 #pragma unroll 4
-    for (int b = block + 1; b * kSumPlaces < segment.end; ++b) add_four(sum, *reinterpret_cast<const float4*>(s.piece(b, 0) + c));
+    for (int b = block + 1; b * span < segment.end; ++b) add_four(sum, *reinterpret_cast<const float4*>(s.piece(b, 0) + c));
     store_four(static_cast<T*>(s.to) + int64_t(segment.row) * s.width + c, sum);
   }
 }

@@ -88,7 +88,7 @@ def measure(
     floors = read + per_query, read + keys * 2 * heads * targets * dim * size + (table.numel() * size) + 2 * per_query
     parts = (
         8 * heads * targets * keys
-        if heads * targets <= 8 and batch * heads * targets <= 1750
+        if heads * targets <= 8 and batch * (4 if heads * targets <= 4 else 8) <= 4400
         else (keys - lone) * dim * 4
     )
     moved = read + 3 * per_query + 2 * parts + table.numel() * size + keys * 24

@@ -235,7 +235,7 @@ def test_many_query_rows(
 @pytest.mark.parametrize("heads", [1, 3, 4, 7])
 @pytest.mark.parametrize("sick", [0, 2])
 def test_nan_of_a_query_stays_with_its_samples_keys(device: str, dtype: torch.dtype, heads: int, sick: int) -> None:
-    """With few query rows CUDA adds up gradients from all samples' queries side by side: none may be multiplied by another's 0."""
+    """With few query rows CUDA adds up gradients of several samples in one product: a NaN must not meet another's coefficient of 0."""
     case = draw(device, [1, 1, 1], [37, 20, 41], table=60, dtype=dtype, heads=heads)
     clean = run(case)
     case.q[sick] = torch.nan
@@ -246,6 +246,19 @@ def test_nan_of_a_query_stays_with_its_samples_keys(device: str, dtype: torch.dt
     assert dirty["dk"][named].isnan().all() and torch.equal(dirty["dk"][~named], clean["dk"][~named])
     healthy = [b for b in range(3) if b != sick]
     assert dirty["dq"][sick].isnan().all() and torch.equal(dirty["dq"][healthy], clean["dq"][healthy])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_overflow_reaches_its_samples_keys_alone(device: str, dtype: torch.dtype, heads: int) -> None:
+    """A loss scale that is too large shows in the gradient of every key of its sample, in all columns, and of no other."""
+    case = draw(device, [1, 1, 1], [37, 20, 41], table=60, dtype=dtype, heads=heads)
+    clean = run(case)
+    case.grads[0][1, heads - 1, 5] = torch.inf
+    dirty = run(case)
+    named = torch.zeros(60, dtype=torch.bool, device=device)
+    named[case.rows[37:57]] = True
+    assert not dirty["dk"][named].isfinite().any() and torch.equal(dirty["dk"][~named], clean["dk"][~named])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
