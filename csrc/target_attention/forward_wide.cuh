@@ -9,6 +9,12 @@
 
 namespace target_attention {
 
+using weighted_attention::Barrier;
+using weighted_attention::barrier_expect;
+using weighted_attention::barrier_init;
+using weighted_attention::barrier_init_fence;
+using weighted_attention::barrier_wait;
+using weighted_attention::bulk_load;
 using weighted_attention::descriptor;
 using weighted_attention::descriptor_rows;
 using weighted_attention::fence_proxy_async;
@@ -17,8 +23,7 @@ using weighted_attention::wgmma_commit;
 using weighted_attention::wgmma_fence;
 using weighted_attention::wgmma_wait;
 
-// Keys as factors: in shared memory, where the bits beyond TF32 are not looked at, or the parts that a lane holds.
-// d (64 x N, twice its accumulators) = or += keys (64 x 8) b (8 x N, shared memory).
+// d (64 x N, twice its accumulators) = or += keys (64 x 8, the parts of a lane) b (8 x N, shared memory).
 #define WIDE_D8 "{%0, %1, %2, %3, %4, %5, %6, %7}, "
 #define WIDE_OUT8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
 #define WIDE_D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
@@ -27,12 +32,6 @@ using weighted_attention::wgmma_wait;
 #define WIDE_D32 WGMMA_D32
 #define WIDE_OUT32 WGMMA_OUT32
 #define WIDE_MULTIPLY(N, R, P0, P1, P2, P3, P4, P5)                                                                     \
-  __device__ __forceinline__ void multiply_wide(float (&d)[R], uint64_t keys, uint64_t b, bool add) {                   \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " P2 ", 0;\n"                                                           \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 " WIDE_D##R P0 ", " P1 ", p, 1, 1;}\n"        \
-                 : WIDE_OUT##R                                                                                          \
-                 : "l"(keys), "l"(b), "r"(int(add)));                                                                   \
-  }                                                                                                                     \
   __device__ __forceinline__ void multiply_wide(float (&d)[R], const uint32_t* keys, uint64_t b, bool add) {            \
     asm volatile("{.reg .pred p; setp.ne.b32 p, " P5 ", 0;\n"                                                           \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 " WIDE_D##R "{" P0 ", " P1 ", " P2 ", " P3    \
@@ -44,52 +43,67 @@ WIDE_MULTIPLY(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 WIDE_MULTIPLY(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 WIDE_MULTIPLY(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 
-// How a chunk's keys reach a block: each warp copies 16 rows of every tile of 64, a tile ahead, and its lanes keep their weights.
+// How a chunk's keys reach a block: in tiles of 64, a tile ahead, a row at a time by the copy engine. Key i of step s, of 8 keys each,
+// lies at row(s, i); from key to key the banks are four further, so that reads of a step's keys meet none twice.
 class WideKeys {
  public:
-  static constexpr int kDim = 128, kStages = 2, kTile = 16 * kWarps, kPanelFloats = kTile * 32;
-  using Stage = float[kDim / 32][kPanelFloats];  // 32 columns of all keys, swizzled over 128 bytes
+  static constexpr int kDim = 128, kStages = 2, kTile = 16 * kWarps, kSteps = kTile / 8;
+  struct Stage {
+    float keys[8][kSteps * kDim + 4];
 
-  __device__ WideKeys(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages)
-      : p_(p), stages_(stages), head_(head_kv), end_(chunk.end), per_key_(weights_of(p) == Weights::kPerKey) {
+    __device__ const float* row(int step, int i) const { return keys[i] + step * kDim; }
+    __device__ float* row(int step, int i) { return keys[i] + step * kDim; }
+  };
+
+  // barriers: one for each stage.
+  __device__ WideKeys(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages, Barrier* barriers)
+      : p_(p), stages_(stages), barriers_(barriers), end_(chunk.end), per_key_(weights_of(p) == Weights::kPerKey) {
     key_ = chunk.begin + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32;
     tiles_ = (chunk.end - chunk.begin + kTile - 1) / kTile;
+    from_ = static_cast<const float*>(p.k_table) + int64_t(head_kv) * p.head_dim;
     peek();
-    issue();
+    if (threadIdx.x < kStages) barrier_init(&barriers[threadIdx.x], kWarps);
+    barrier_init_fence();
+    if (p.head_dim < kDim) {  // a product takes whole columns
+      for (int i = threadIdx.x; i < kStages * int(sizeof(Stage) / 4); i += kThreads) stages[0].keys[0][i] = 0.f;
+      fence_proxy_async();
+    }
+    __syncthreads();
   }
 
   __device__ int tiles() const { return tiles_; }
 
   // Waits for tile `tile`, to be asked for in turn, until all warps have it and are done with the one before.
-  __device__ void wait() {
-    copy_wait<0>();
-    fence_proxy_async();
+  __device__ void wait(int tile) {
+    barrier_wait(&barriers_[tile % kStages], tile / kStages % 2);
     __syncthreads();
     weight_ = copied_;
   }
 
-  // Of the tile waited for: the weight of a key of the warp's 16.
-  __device__ float weight(int key) const { return __shfl_sync(~0u, weight_, key); }
+  // Of the tile waited for: the weight of key i of this warp's step 0 or 1.
+  __device__ float weight(int step, int i) const { return __shfl_sync(~0u, weight_, step * 8 + i); }
 
-  // Begins to copy the tile after the one waited for.
+  // Asks for the first tile, or the one after that waited for; each warp for two steps.
   __device__ void issue() {
-    if (issued_ < tiles_) {
-      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-      const int read = next_ == -CUDART_INF_F ? -1 : row_;  // an absent row may hold NaN and is not read
-      const bool inside = lane * 4 < p_.head_dim;           // zeros beyond: a product takes whole columns
-      const float* const from = static_cast<const float*>(p_.k_table) + int64_t(head_) * p_.head_dim + (inside ? lane * 4 : 0);
-      float* const to = stages_[issued_ % kStages][lane / 8] + warp * 16 * 32;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int row = __shfl_sync(~0u, read, i);
-        copy_async(to + i * 32 + (lane % 8 ^ i % 8) * 4, from + int64_t(max(row, 0)) * (p_.heads_kv * p_.head_dim), inside && row >= 0);
+    if (issued_ >= tiles_) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, bytes = p_.head_dim * int(sizeof(float));
+    Stage& stage = stages_[issued_ % kStages];
+    Barrier* const barrier = &barriers_[issued_ % kStages];
+    const bool present = row_ >= 0 && next_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
+    const uint32_t all = __ballot_sync(~0u, present);
+    if (lane == 0) barrier_expect(barrier, __popc(all) * bytes);
+    if (present) bulk_load(stage.row(2 * warp + lane / 8, lane % 8), from_ + int64_t(row_) * (p_.heads_kv * p_.head_dim), bytes, barrier);
+    if (all != 0xffff) {
+      for (uint32_t left = ~all & 0xffff; left != 0; left &= left - 1) {
+        const int at = __ffs(left) - 1;
+        *reinterpret_cast<float4*>(stage.row(2 * warp + at / 8, at % 8) + lane * 4) = make_float4(0.f, 0.f, 0.f, 0.f);
       }
-      copied_ = next_;
-      ++issued_;
-      key_ += kTile;
-      peek();
+      fence_proxy_async();
     }
-    copy_commit();
+    copied_ = next_;
+    ++issued_;
+    key_ += kTile;
+    peek();
   }
 
  private:
@@ -105,9 +119,11 @@ class WideKeys {
 
   const Problem& p_;
   Stage* stages_;
-  int head_, end_, tiles_, key_, issued_ = 0, row_;
+  Barrier* barriers_;
+  const float* from_;
+  int end_, tiles_, key_, issued_ = 0, row_;
   float next_, copied_, weight_;
-  const bool per_key_;
+  bool per_key_;
 };
 
 template <int kRows_>
@@ -118,7 +134,7 @@ struct WideForward {
   // row's leading parts stand in row r, its remainders in row r + kRows.
   static constexpr int kPanelFloats = 2 * kRows * 32;
 
-  // To be aligned to 1024 bytes, as panels are; two blocks to a multiprocessor leave it 115,712 bytes.
+  // To be aligned to 1024 bytes, as panels are.
   struct Shared {
     float q[kDim / 32][kPanelFloats];
     union {
@@ -126,10 +142,11 @@ struct WideForward {
       float over_warps[kWarps][kRows];
     };
     WideKeys::Stage stages[WideKeys::kStages];
+    Barrier barriers[WideKeys::kStages];
   };
 
-  // The products that count: leading parts of keys with both parts of what the rows bring, and the keys' remainders with its leading
-  // parts, apart, because products of one shape alone may share sums without a fence.
+  // The products that count: the keys' leading parts with both parts of what the rows bring, in one, and the keys' remainders with its
+  // leading parts, in sums of their own: products of two shapes may not add to the same without a fence.
   struct Products {
     float both[2 * kSums], rest[kSums];
 
@@ -140,9 +157,16 @@ struct WideForward {
     }
   };
 
-  // Of 16 keys and the columns that a warp adds up, in the order in which products read them: [step of 8 keys][b].
+  // Of a step of 8 keys, the columns that a warp adds up, and their parts in the order in which products read them: [b].
+  struct Columns {
+    uint4 of[2];
+  };
   struct Parted {
-    uint32_t high[2][2][4], low[2][2][4];
+    uint32_t high[2][4], low[2][4];
+  };
+  struct First {  // steps 0 and 1 of a tile, read before the weights are there
+    Parted parted;
+    Columns next;
   };
 
   Shared& shared;
@@ -158,15 +182,23 @@ struct WideForward {
   // A lane's accumulators d[4 j + 2 half + i] belong to kOfLane query rows: the one that n = 2 j + i counts.
   static __device__ int row_at(int n) { return n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2; }
 
-  // Rows first .. first + kRows of the queries, zeros past the end and in the padding.
-  __device__ void load(const Problem& p, const QueryRows& rows, int first) {
-    for (int i = threadIdx.x; i < kRows * kDim / 4; i += kThreads) {
-      const int r = i / (kDim / 4), column = i % (kDim / 4) * 4;
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+  // Rows first .. first + kRows of the queries, zeros past the end and in the padding, and the first tile of keys, asked for last.
+  __device__ void load(const Problem& p, const QueryRows& rows, int first, WideKeys& keys) {
+    constexpr int kPieces = kDim / 4, kOfThread = kRows * kPieces / kThreads;
+    float4 x[kOfThread];
+    const int column = int(threadIdx.x) % kPieces * 4;
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int r = (i * kThreads + int(threadIdx.x)) / kPieces;
+      x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (first + r < rows.count && column < p.head_dim)
-        x = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + rows.index(p, first + r) * p.head_dim + column);
-      float* const to = &shared.q[column / 32][r * 32 + (column % 32 / 4 ^ r % 8) * 4];
-      store_parts<4>(to, &x.x);
+        x[i] = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + rows.index(p, first + r) * p.head_dim + column);
+    }
+    keys.issue();
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int r = (i * kThreads + int(threadIdx.x)) / kPieces;
+      store_parts<4>(&shared.q[column / 32][r * 32 + (column % 32 / 4 ^ r % 8) * 4], &x[i].x);
     }
     fence_proxy_async();
   }
@@ -190,36 +222,42 @@ struct WideForward {
     }
   }
 
-  // s (this warp's 16 keys x rows); `copy` is called once the tensor cores have work.
-  template <class Copy>
-  __device__ void score(float (&s)[kSums], Parted& first, const WideKeys::Stage& keys, Copy copy) {
+  // s (this warp's 16 keys x rows). Parts are made beside the products of the two steps before.
+  __device__ void score(float (&s)[kSums], First& first, const WideKeys::Stage& keys, WideKeys& stream) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t queries = descriptor_rows(shared_address(shared.q)), whole = descriptor_rows(shared_address(keys));
+    const uint32_t queries = descriptor_rows(shared_address(shared.q));
+    const float* const row = keys.row(2 * warp + lane / 8 % 2, lane % 8) + lane / 16 * 4;
     Products products;
-    wgmma_fence();
+    Fragment x[kDim / 8];
 #pragma unroll
-    for (int k = 0; k < kDim / 8; ++k)
-      multiply_wide(products.both, descriptor(whole, k / 4 * WideKeys::kPanelFloats * 4 + k % 4 * 32),
-                    descriptor(queries, k / 4 * kPanelFloats * 4 + k % 4 * 32), k > 0);
-    wgmma_commit();
-    copy();
-    uint32_t low[kDim / 8][4];
+    for (int k = 0; k < 4; ++k) x[k] = load_matrices(row + k * 8);
 #pragma unroll
-    for (int part = 0; part < kDim / 32; ++part) {
+    for (int k = 0; k < kDim / 8; k += 2) {
+      uint32_t high[2][4], low[2][4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const Fragment x = load_matrices(keys[part] + (warp * 16 + lane % 16) * 32 + (2 * k + lane / 16 ^ lane % 8) * 4);
+      for (int j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) low[part * 4 + k][i] = parts_of(x.x[i]).low;
-        pin(low[part * 4 + k]);
+        for (int i = 0; i < 4; ++i) {
+          const Parts parts = parts_of(x[k + j].x[i]);
+          high[j][i] = parts.high, low[j][i] = parts.low;
+        }
+        pin(high[j]);
+        pin(low[j]);
       }
+      if (k + 4 < kDim / 8) x[k + 4] = load_matrices(row + (k + 4) * 8), x[k + 5] = load_matrices(row + (k + 5) * 8);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        multiply_wide(products.rest, low[part * 4 + k], descriptor(queries, part * kPanelFloats * 4 + k * 32), part + k > 0);
+      for (int j = 0; j < 2; ++j) {
+        const uint64_t at = descriptor(queries, (k + j) / 4 * kPanelFloats * 4 + (k + j) % 4 * 32);
+        multiply_wide(products.both, high[j], at, k + j > 0);
+        multiply_wide(products.rest, low[j], at, k + j > 0);
+      }
       wgmma_commit();
+      if (k == 0) stream.issue();
+      wgmma_wait<1>();
     }
-    split(first, keys, 0);
+    first.parted = split(read(keys, 0));
+    first.next = read(keys, 1);
     wgmma_wait<0>();
     products.pin();
 #pragma unroll
@@ -231,7 +269,7 @@ struct WideForward {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float w[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) w[half] = keys.weight(lane / 4 + half * 8) * kLog2e;
+    for (int half = 0; half < 2; ++half) w[half] = keys.weight(half, lane / 4) * kLog2e;
     const bool passed = weigh(p, s, w);
     store_weights(p, warp, lane);
     if (__syncthreads_or(passed)) {
@@ -258,15 +296,15 @@ struct WideForward {
     return passed;
   }
 
-  // Key 2 t + odd of eight stands at place t + 4 odd of its step: the rows that a quarter of a warp reads at once in `split` then lie in
-  // different banks.
+  // Key 2 t + odd of a step's eight stands at place t + 4 odd, as `read` takes them.
   __device__ void store_weights(const float (&p)[kSums], int warp, int lane) {
     const int key = lane / 4, chunk = warp % 2 * 4 + key % 2;
 #pragma unroll
     for (int n = 0; n < kOfLane; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        store_parts<1>(&shared.p[warp / 2][row_at(n) * 32 + (chunk + half * 2 ^ row_at(n) % 8) * 4 + key / 2], &p[n / 2 * 4 + half * 2 + n % 2]);
+        store_parts<1>(&shared.p[warp / 2][row_at(n) * 32 + (chunk + half * 2 ^ row_at(n) % 8) * 4 + key / 2],
+                       &p[n / 2 * 4 + half * 2 + n % 2]);
     fence_proxy_async();
   }
 
@@ -300,50 +338,54 @@ struct WideForward {
     __syncthreads();
   }
 
-  __device__ void split(Parted& parted, const WideKeys::Stage& keys, int u) {
+  static __device__ Columns read(const WideKeys::Stage& keys, int step) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Columns x;
 #pragma unroll
-    for (int s = 0; s < 2; ++s)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int key = lane % 4 * 2 + odd;
-        const uint4 x = *reinterpret_cast<const uint4*>(keys[warp] + (u * 16 + s * 8 + key) * 32 + (lane / 4 ^ key) * 4);
-        const uint32_t of_columns[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Parts parts = parts_of(of_columns[i]);
-          parted.high[s][i / 2][2 * odd + i % 2] = parts.high, parted.low[s][i / 2][2 * odd + i % 2] = parts.low;
-        }
-      }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pin(parted.high[i / 2][i % 2]), pin(parted.low[i / 2][i % 2]);  // here, not where they are asked for
+    for (int odd = 0; odd < 2; ++odd)
+      x.of[odd] = *reinterpret_cast<const uint4*>(keys.row(step, lane % 4 * 2 + odd) + warp * 32 + lane / 4 * 4);
+    return x;
   }
 
-  // Sums += weights of all 64 keys; the first 16 of them are split.
-  __device__ void sum(const float (&p)[kSums], Parted& first, const WideKeys::Stage& keys) {
+  static __device__ Parted split(const Columns& x) {
+    Parted parted;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const uint32_t of_columns[4] = {x.of[odd].x, x.of[odd].y, x.of[odd].z, x.of[odd].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Parts parts = parts_of(of_columns[i]);
+        parted.high[i / 2][2 * odd + i % 2] = parts.high, parted.low[i / 2][2 * odd + i % 2] = parts.low;
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) pin(parted.high[b]), pin(parted.low[b]);  // here, not where they are asked for
+    return parted;
+  }
+
+  // Sums += weights of all 64 keys.
+  __device__ void sum(const float (&p)[kSums], const First& first, const WideKeys::Stage& keys) {
     const uint32_t weights = descriptor_rows(shared_address(shared.p));
     Products products[2];
-    Parted parted[kWarps];
-    parted[0] = first;
+    Parted parted[WideKeys::kSteps];
+    Columns x[WideKeys::kSteps];
+    parted[0] = first.parted, x[1] = first.next;
 #pragma unroll
-    for (int u = 0; u < kWarps; ++u) {
+    for (int step = 0; step < WideKeys::kSteps; ++step) {
+      const uint64_t at = descriptor(weights, step / 4 * kPanelFloats * 4 + step % 4 * 32);
       wgmma_fence();
 #pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const uint64_t at = descriptor(weights, u / 2 * kPanelFloats * 4 + u % 2 * 64 + s * 32);
-          multiply_wide(products[b].both, parted[u].high[s][b], at, u + s > 0);
-          multiply_wide(products[b].rest, parted[u].low[s][b], at, u + s > 0);
-        }
+      for (int b = 0; b < 2; ++b) {
+        multiply_wide(products[b].both, parted[step].high[b], at, step > 0);
+        multiply_wide(products[b].rest, parted[step].low[b], at, step > 0);
+      }
       wgmma_commit();
-      if (u == 0)
+      if (step + 2 < WideKeys::kSteps) x[step + 2] = read(keys, step + 2);
+      if (step + 1 < WideKeys::kSteps) parted[step + 1] = split(x[step + 1]);
+      if (step == 0)
 #pragma unroll
         for (int n = 0; n < kOfLane; ++n) total[n] += p[n / 2 * 4 + n % 2] + p[n / 2 * 4 + 2 + n % 2];
-      if (u + 1 < kWarps) {
-        wgmma_wait<1>();
-        split(parted[u + 1], keys, u + 1);
-      }
+      wgmma_wait<1>();
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -375,6 +417,7 @@ struct WideForward {
 template <class Worker>
 __global__ void __launch_bounds__(kThreads, 2) wide_forward_kernel(const ForwardParameters parameters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(sizeof(typename Worker::Shared) <= 115712, "a multiprocessor takes two blocks");
   extern __shared__ __align__(1024) unsigned char wide_bytes[];
   auto& shared = *reinterpret_cast<typename Worker::Shared*>(wide_bytes);
   let_next_launch();
@@ -385,19 +428,18 @@ __global__ void __launch_bounds__(kThreads, 2) wide_forward_kernel(const Forward
   const QueryRows rows(p, chunk.sample, head_kv);
   if (first >= rows.count) return;
 
-  WideKeys keys(p, chunk, head_kv, shared.stages);
+  WideKeys keys(p, chunk, head_kv, shared.stages, shared.barriers);
   Worker worker(shared, p);
-  worker.load(p, rows, first);
+  worker.load(p, rows, first, keys);
   for (int tile = 0; tile < keys.tiles(); ++tile) {
     const auto& stage = shared.stages[tile % WideKeys::kStages];
-    keys.wait();
+    keys.wait(tile);
     float s[Worker::kSums], weights[Worker::kSums];
-    typename Worker::Parted first_keys;
-    worker.score(s, first_keys, stage, [&] { keys.issue(); });
+    typename Worker::First first_keys;
+    worker.score(s, first_keys, stage, keys);
     worker.softmax(weights, s, keys);
     worker.sum(weights, first_keys, stage);
   }
-  copy_wait<0>();
   __syncthreads();  // the weights in shared memory have been read
   worker.finish();
 
