@@ -62,8 +62,7 @@ cudaError_t launch_type(const ForwardParameters& parameters, cudaStream_t stream
     default: TA_RETURN_IF_ERROR((launch_tables<T, 256>(parameters, stream)));
   }
   if (p.keys <= parameters.chunks.length) return cudaSuccess;  // no sample has two chunks
-  merge_kernel<T><<<(p.queries * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream>>>(parameters);
-  return cudaGetLastError();
+  return launch_early(merge_kernel<T>, ceil_div(p.queries * p.heads, kWarps), kThreads, 0, stream, parameters);
 }
 
 size_t partial_rows(const Problem& p) {

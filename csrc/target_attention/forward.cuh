@@ -2,6 +2,7 @@
 // tiles it reads, and the states merge in warp order, then in chunk order.
 #pragma once
 
+#include "../early.cuh"
 #include "mma.cuh"
 
 namespace target_attention {
@@ -189,6 +190,7 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) forward_kernel(cons
   using T = typename Shape::T;
   extern __shared__ __align__(16) unsigned char bytes[];
   auto& shared = *reinterpret_cast<ForwardShared<Worker>*>(bytes);
+  let_next_launch();
   const Problem& p = parameters.p;
   Chunk chunk;
   if (!Chunk::find(parameters.chunks, blockIdx.x, Shape::kTile, &chunk)) return;
@@ -241,16 +243,16 @@ __global__ void __launch_bounds__(kThreads, Worker::kBlocks) forward_kernel(cons
   }
 }
 
-// Partial results of samples with several chunks, in chunk order: a warp for each (query, head).
+// Partial results of samples with several chunks, in chunk order: a warp for each (query, head). Starts beside the end of the kernel before.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const ForwardParameters parameters) {
   const Problem& p = parameters.p;
-  const int at = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (at >= p.queries * p.heads) return;
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32, at = min(warp, p.queries * p.heads - 1), lane = threadIdx.x % 32;
   const int query = at / p.heads, head = at % p.heads, share = p.heads / p.heads_kv;
   const int sample = last_not_above(p.samples, query, [&](int b) { return p.cu_seqlens_q[b]; });
   const int count = parameters.chunks.count(sample), slot = parameters.chunks.first_slot(sample);
-  if (count == 1) return;
+  wait_for_launch_before();  // by every block, so that what follows this kernel follows that one too
+  if (count == 1 || warp > at) return;
   const int row = (query - p.cu_seqlens_q[sample]) * share + head % share;
   const bool softmax = p.normaliser == Normaliser::kSoftmax;
   float base = -CUDART_INF_F;

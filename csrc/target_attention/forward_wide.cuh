@@ -9,6 +9,12 @@
 
 namespace target_attention {
 
+using weighted_attention::Barrier;
+using weighted_attention::barrier_expect;
+using weighted_attention::barrier_init;
+using weighted_attention::barrier_init_fence;
+using weighted_attention::barrier_wait;
+using weighted_attention::bulk_load;
 using weighted_attention::descriptor;
 using weighted_attention::descriptor_rows;
 using weighted_attention::fence_proxy_async;
@@ -17,44 +23,150 @@ using weighted_attention::wgmma_commit;
 using weighted_attention::wgmma_fence;
 using weighted_attention::wgmma_wait;
 
-// d (64 x 32 or 16) += a (64 x 8, the parts of a lane) b (8 x 32 or 16, shared memory).
-__device__ __forceinline__ void multiply_wide(float (&d)[16], const uint32_t* a, uint64_t b, bool add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1;}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
-        "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
-}
+// d (64 x N, twice its accumulators) = or += keys (64 x 8, the parts of a lane) b (8 x N, shared memory).
+#define WIDE_D8 "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+#define WIDE_OUT8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define WIDE_D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+#define WIDE_OUT16 \
+  WIDE_OUT8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define WIDE_D32 WGMMA_D32
+#define WIDE_OUT32 WGMMA_OUT32
+#define WIDE_MULTIPLY(N, R, P0, P1, P2, P3, P4, P5)                                                                     \
+  __device__ __forceinline__ void multiply_wide(float (&d)[R], const uint32_t* keys, uint64_t b, bool add) {            \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " P5 ", 0;\n"                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k8.f32.tf32.tf32 " WIDE_D##R "{" P0 ", " P1 ", " P2 ", " P3    \
+                 "}, " P4 ", p, 1, 1;}\n"                                                                               \
+                 : WIDE_OUT##R                                                                                          \
+                 : "r"(keys[0]), "r"(keys[1]), "r"(keys[2]), "r"(keys[3]), "l"(b), "r"(int(add)));                      \
+  }
+WIDE_MULTIPLY(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+WIDE_MULTIPLY(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+WIDE_MULTIPLY(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 
-__device__ __forceinline__ void multiply_wide(float (&d)[8], const uint32_t* a, uint64_t b, bool add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k8.f32.tf32.tf32 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1;}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
-}
+// How a chunk's keys reach a block: in tiles of 64, a tile ahead, a row at a time by the copy engine. Key i of step s, of 8 keys each,
+// lies at row(s, i); from key to key the banks are four further, so that reads of a step's keys meet none twice.
+class WideKeys {
+ public:
+  static constexpr int kDim = 128, kStages = 2, kTile = 16 * kWarps, kSteps = kTile / 8;
+  struct Stage {
+    float keys[8][kSteps * kDim + 4];
+
+    __device__ const float* row(int step, int i) const { return keys[i] + step * kDim; }
+    __device__ float* row(int step, int i) { return keys[i] + step * kDim; }
+  };
+
+  // barriers: one for each stage.
+  __device__ WideKeys(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages, Barrier* barriers)
+      : p_(p), stages_(stages), barriers_(barriers), end_(chunk.end), per_key_(weights_of(p) == Weights::kPerKey) {
+    key_ = chunk.begin + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32;
+    tiles_ = (chunk.end - chunk.begin + kTile - 1) / kTile;
+    from_ = static_cast<const float*>(p.k_table) + int64_t(head_kv) * p.head_dim;
+    peek();
+    if (threadIdx.x < kStages) barrier_init(&barriers[threadIdx.x], kWarps);
+    barrier_init_fence();
+    if (p.head_dim < kDim) {  // a product takes whole columns
+      for (int i = threadIdx.x; i < kStages * int(sizeof(Stage) / 4); i += kThreads) stages[0].keys[0][i] = 0.f;
+      fence_proxy_async();
+    }
+    __syncthreads();
+  }
+
+  __device__ int tiles() const { return tiles_; }
+
+  // Waits for tile `tile`, to be asked for in turn, until all warps have it and are done with the one before.
+  __device__ void wait(int tile) {
+    barrier_wait(&barriers_[tile % kStages], tile / kStages % 2);
+    __syncthreads();
+    weight_ = copied_;
+  }
+
+  // Of the tile waited for: the weight of key i of this warp's step 0 or 1.
+  __device__ float weight(int step, int i) const { return __shfl_sync(~0u, weight_, step * 8 + i); }
+
+  // Asks for the first tile, or the one after that waited for; each warp for two steps.
+  __device__ void issue() {
+    if (issued_ >= tiles_) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, bytes = p_.head_dim * int(sizeof(float));
+    Stage& stage = stages_[issued_ % kStages];
+    Barrier* const barrier = &barriers_[issued_ % kStages];
+    const bool present = row_ >= 0 && next_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
+    const uint32_t all = __ballot_sync(~0u, present);
+    if (lane == 0) barrier_expect(barrier, __popc(all) * bytes);
+    if (present) bulk_load(stage.row(2 * warp + lane / 8, lane % 8), from_ + int64_t(row_) * (p_.heads_kv * p_.head_dim), bytes, barrier);
+    if (all != 0xffff) {
+      for (uint32_t left = ~all & 0xffff; left != 0; left &= left - 1) {
+        const int at = __ffs(left) - 1;
+        *reinterpret_cast<float4*>(stage.row(2 * warp + at / 8, at % 8) + lane * 4) = make_float4(0.f, 0.f, 0.f, 0.f);
+      }
+      fence_proxy_async();
+    }
+    copied_ = next_;
+    ++issued_;
+    key_ += kTile;
+    peek();
+  }
+
+ private:
+  // Row and weight of the next tile to be copied, one key a lane, not looked at until then, so that nobody waits for them.
+  __device__ void peek() {
+    row_ = -1;
+    next_ = -CUDART_INF_F;
+    if (threadIdx.x % 32 < 16 && key_ < end_) {
+      row_ = static_cast<int>(p_.rows[key_]);
+      next_ = per_key_ ? p_.weight[key_ * p_.weight_stride_key] : 0.f;
+    }
+  }
+
+  const Problem& p_;
+  Stage* stages_;
+  Barrier* barriers_;
+  const float* from_;
+  int end_, tiles_, key_, issued_ = 0, row_;
+  float next_, copied_, weight_;
+  bool per_key_;
+};
 
 template <int kRows_>
 struct WideForward {
-  static constexpr int kDim = 128, kRows = kRows_, kStages = 2, kTile = 16 * kWarps;
+  static constexpr int kDim = WideKeys::kDim, kRows = kRows_, kTile = WideKeys::kTile;
   static constexpr int kSums = kRows / 2, kOfLane = kRows / 4;  // accumulators of a product, and query rows they belong to
   // A panel holds 32 columns (of queries: dimensions; of weights: keys) of all rows, swizzled over 128 bytes as products read it; a
   // row's leading parts stand in row r, its remainders in row r + kRows.
   static constexpr int kPanelFloats = 2 * kRows * 32;
-  using Shape = TileShape<float, kDim, 16, kStages, true, false, true>;
-  using Stage = typename Shape::Stage;
 
-  // To be aligned to 1024 bytes, as panels are; two blocks to a multiprocessor leave it 115,712 bytes.
+  // To be aligned to 1024 bytes, as panels are.
   struct Shared {
     float q[kDim / 32][kPanelFloats];
     union {
       float p[kTile / 32][kPanelFloats];
       float over_warps[kWarps][kRows];
     };
-    Stage stages[kWarps][kStages];
+    WideKeys::Stage stages[WideKeys::kStages];
+    Barrier barriers[WideKeys::kStages];
+  };
+
+  // The products that count: the keys' leading parts with both parts of what the rows bring, in one, and the keys' remainders with its
+  // leading parts, in sums of their own: products of two shapes may not add to the same without a fence.
+  struct Products {
+    float both[2 * kSums], rest[kSums];
+
+    __device__ float operator[](int i) const { return both[i] + (both[kSums + i] + rest[i]); }
+    __device__ void pin() {
+      weighted_attention::pin(both);
+      weighted_attention::pin(rest);
+    }
+  };
+
+  // Of a step of 8 keys, the columns that a warp adds up, and their parts in the order in which products read them: [b].
+  struct Columns {
+    uint4 of[2];
+  };
+  struct Parted {
+    uint32_t high[2][4], low[2][4];
+  };
+  struct First {  // steps 0 and 1 of a tile, read before the weights are there
+    Parted parted;
+    Columns next;
   };
 
   Shared& shared;
@@ -70,15 +182,23 @@ struct WideForward {
   // A lane's accumulators d[4 j + 2 half + i] belong to kOfLane query rows: the one that n = 2 j + i counts.
   static __device__ int row_at(int n) { return n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2; }
 
-  // Rows first .. first + kRows of the queries, zeros past the end and in the padding.
-  __device__ void load(const Problem& p, const QueryRows& rows, int first) {
-    for (int i = threadIdx.x; i < kRows * kDim / 4; i += kThreads) {
-      const int r = i / (kDim / 4), column = i % (kDim / 4) * 4;
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+  // Rows first .. first + kRows of the queries, zeros past the end and in the padding, and the first tile of keys, asked for last.
+  __device__ void load(const Problem& p, const QueryRows& rows, int first, WideKeys& keys) {
+    constexpr int kPieces = kDim / 4, kOfThread = kRows * kPieces / kThreads;
+    float4 x[kOfThread];
+    const int column = int(threadIdx.x) % kPieces * 4;
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int r = (i * kThreads + int(threadIdx.x)) / kPieces;
+      x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (first + r < rows.count && column < p.head_dim)
-        x = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + rows.index(p, first + r) * p.head_dim + column);
-      float* const to = &shared.q[column / 32][r * 32 + (column % 32 / 4 ^ r % 8) * 4];
-      store_parts<4>(to, &x.x);
+        x[i] = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + rows.index(p, first + r) * p.head_dim + column);
+    }
+    keys.issue();
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int r = (i * kThreads + int(threadIdx.x)) / kPieces;
+      store_parts<4>(&shared.q[column / 32][r * 32 + (column % 32 / 4 ^ r % 8) * 4], &x[i].x);
     }
     fence_proxy_async();
   }
@@ -97,60 +217,59 @@ struct WideForward {
       *reinterpret_cast<uint4*>(to) = make_uint4(high[0], high[1], high[2], high[3]);
       *reinterpret_cast<uint4*>(rest) = make_uint4(low[0], low[1], low[2], low[3]);
     } else {
-      *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
-      *reinterpret_cast<uint2*>(rest) = make_uint2(low[0], low[1]);
+      *reinterpret_cast<uint32_t*>(to) = high[0];
+      *reinterpret_cast<uint32_t*>(rest) = low[0];
     }
   }
 
-  // The three products that count of one step of eight; panel: where the step's columns of the rows' parts begin.
-  static __device__ void multiply(float (&lead)[kSums], float (&rest)[kSums], const uint32_t* high, const uint32_t* low, uint32_t panel,
-                                  int step_bytes, bool add) {
-    multiply_wide(lead, high, descriptor(panel, step_bytes), add);
-    multiply_wide(rest, high, descriptor(panel, step_bytes + kRows * 128), add);
-    multiply_wide(rest, low, descriptor(panel, step_bytes), true);
-  }
-
-  // s (this warp's 16 keys x rows)
-  __device__ void score(float (&s)[kSums], const float* keys) {
-    const int lane = threadIdx.x % 32;
-    const float* const row = keys + lane % 16 * kDim;
-    const int piece = Shape::at(lane % 16, lane / 16) / 4 % 8;
+  // s (this warp's 16 keys x rows). Parts are made beside the products of the two steps before.
+  __device__ void score(float (&s)[kSums], First& first, const WideKeys::Stage& keys, WideKeys& stream) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t queries = descriptor_rows(shared_address(shared.q));
-    float rest[kSums];
-    uint32_t high[2][4][4], low[2][4][4];
+    const float* const row = keys.row(2 * warp + lane / 8 % 2, lane % 8) + lane / 16 * 4;
+    Products products;
+    Fragment x[kDim / 8];
 #pragma unroll
-    for (int part = 0; part < kDim / 32; ++part) {
-      auto& h = high[part % 2];
-      auto& l = low[part % 2];
+    for (int k = 0; k < 4; ++k) x[k] = load_matrices(row + k * 8);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const Fragment x = load_matrices(row + part * 32 + (piece ^ 2 * k) * 4);
+    for (int k = 0; k < kDim / 8; k += 2) {
+      uint32_t high[2][4], low[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Parts parts = parts_of(x.x[i]);
-          h[k][i] = parts.high, l[k][i] = parts.low;
+          const Parts parts = parts_of(x[k + j].x[i]);
+          high[j][i] = parts.high, low[j][i] = parts.low;
         }
+        pin(high[j]);
+        pin(low[j]);
       }
+      if (k + 4 < kDim / 8) x[k + 4] = load_matrices(row + (k + 4) * 8), x[k + 5] = load_matrices(row + (k + 5) * 8);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) multiply(s, rest, h[k], l[k], queries, part * kPanelFloats * 4 + k * 32, part + k > 0);
+      for (int j = 0; j < 2; ++j) {
+        const uint64_t at = descriptor(queries, (k + j) / 4 * kPanelFloats * 4 + (k + j) % 4 * 32);
+        multiply_wide(products.both, high[j], at, k + j > 0);
+        multiply_wide(products.rest, low[j], at, k + j > 0);
+      }
       wgmma_commit();
+      if (k == 0) stream.issue();
       wgmma_wait<1>();
     }
+    first.parted = split(read(keys, 0));
+    first.next = read(keys, 1);
     wgmma_wait<0>();
-    pin(s);
-    pin(rest);
+    products.pin();
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) s[i] += rest[i];
+    for (int i = 0; i < kSums; ++i) s[i] = products[i];
   }
 
-  // Scores to weights, in shared memory: key lane / 4 and the one 8 below are neighbours there, see sum.
-  __device__ void softmax(const float (&s)[kSums], const Stage& stage) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, key = lane / 4;
+  // Scores to weights, in shared memory.
+  __device__ void softmax(float (&p)[kSums], const float (&s)[kSums], const WideKeys& keys) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float w[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) w[half] = stage.weight[key + half * 8] * kLog2e;
-    float p[kSums];
+    for (int half = 0; half < 2; ++half) w[half] = keys.weight(half, lane / 4) * kLog2e;
     const bool passed = weigh(p, s, w);
     store_weights(p, warp, lane);
     if (__syncthreads_or(passed)) {
@@ -159,8 +278,6 @@ struct WideForward {
       store_weights(p, warp, lane);
       __syncthreads();
     }
-#pragma unroll
-    for (int n = 0; n < kOfLane; ++n) total[n] += p[n / 2 * 4 + n % 2] + p[n / 2 * 4 + 2 + n % 2];
   }
 
   __device__ bool weigh(float (&p)[kSums], const float (&s)[kSums], const float (&w)[2]) const {
@@ -179,14 +296,15 @@ struct WideForward {
     return passed;
   }
 
+  // Key 2 t + odd of a step's eight stands at place t + 4 odd, as `read` takes them.
   __device__ void store_weights(const float (&p)[kSums], int warp, int lane) {
-    const int key = lane / 4, chunk = warp % 2 * 4 + key / 4 * 2 + key % 2;
+    const int key = lane / 4, chunk = warp % 2 * 4 + key % 2;
 #pragma unroll
-    for (int n = 0; n < kOfLane; ++n) {
-      const int i = n / 2 * 4 + n % 2, row = row_at(n);
-      const float pair[2] = {p[i], p[i + 2]};
-      store_parts<2>(&shared.p[warp / 2][row * 32 + (chunk ^ row % 8) * 4 + key / 2 % 2 * 2], pair);
-    }
+    for (int n = 0; n < kOfLane; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_parts<1>(&shared.p[warp / 2][row_at(n) * 32 + (chunk + half * 2 ^ row_at(n) % 8) * 4 + key / 2],
+                       &p[n / 2 * 4 + half * 2 + n % 2]);
     fence_proxy_async();
   }
 
@@ -220,47 +338,61 @@ struct WideForward {
     __syncthreads();
   }
 
-  // Sums += weights of all 64 keys. Inner places t and t + 4 of step (u, s) are keys 4 s + 2 (t / 2) + 8 (t % 2) of warp u's, and the
-  // next: then a lane's weights are neighbours, and the rows that a quarter of a warp reads at once lie in different banks.
-  __device__ void sum(int slot) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
+  static __device__ Columns read(const WideKeys::Stage& keys, int step) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Columns x;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd)
+      x.of[odd] = *reinterpret_cast<const uint4*>(keys.row(step, lane % 4 * 2 + odd) + warp * 32 + lane / 4 * 4);
+    return x;
+  }
+
+  static __device__ Parted split(const Columns& x) {
+    Parted parted;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const uint32_t of_columns[4] = {x.of[odd].x, x.of[odd].y, x.of[odd].z, x.of[odd].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Parts parts = parts_of(of_columns[i]);
+        parted.high[i / 2][2 * odd + i % 2] = parts.high, parted.low[i / 2][2 * odd + i % 2] = parts.low;
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < 2; ++b) pin(parted.high[b]), pin(parted.low[b]);  // here, not where they are asked for
+    return parted;
+  }
+
+  // Sums += weights of all 64 keys.
+  __device__ void sum(const float (&p)[kSums], const First& first, const WideKeys::Stage& keys) {
     const uint32_t weights = descriptor_rows(shared_address(shared.p));
-    float lead[2][kSums], rest[2][kSums];
-    uint32_t high[2][2][2][4], low[2][2][2][4];
+    Products products[2];
+    Parted parted[WideKeys::kSteps];
+    Columns x[WideKeys::kSteps];
+    parted[0] = first.parted, x[1] = first.next;
 #pragma unroll
-    for (int u = 0; u < kWarps; ++u) {
-      const float* const keys = shared.stages[u][slot].k();
-      auto& h = high[u % 2];
-      auto& l = low[u % 2];
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const uint4 x = *reinterpret_cast<const uint4*>(
-              keys + Shape::at(4 * s + 2 * (t / 2) + 8 * (t % 2) + odd, warp * 8 + lane / 4));
-          const uint32_t of_columns[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const Parts parts = parts_of(of_columns[i]);
-            h[s][i / 2][2 * odd + i % 2] = parts.high, l[s][i / 2][2 * odd + i % 2] = parts.low;
-          }
-        }
+    for (int step = 0; step < WideKeys::kSteps; ++step) {
+      const uint64_t at = descriptor(weights, step / 4 * kPanelFloats * 4 + step % 4 * 32);
       wgmma_fence();
 #pragma unroll
-      for (int s = 0; s < 2; ++s)
-#pragma unroll
-        for (int b = 0; b < 2; ++b)
-          multiply(lead[b], rest[b], h[s][b], l[s][b], weights, u / 2 * kPanelFloats * 4 + u % 2 * 64 + s * 32, u + s > 0);
+      for (int b = 0; b < 2; ++b) {
+        multiply_wide(products[b].both, parted[step].high[b], at, step > 0);
+        multiply_wide(products[b].rest, parted[step].low[b], at, step > 0);
+      }
       wgmma_commit();
+      if (step + 2 < WideKeys::kSteps) x[step + 2] = read(keys, step + 2);
+      if (step + 1 < WideKeys::kSteps) parted[step + 1] = split(x[step + 1]);
+      if (step == 0)
+#pragma unroll
+        for (int n = 0; n < kOfLane; ++n) total[n] += p[n / 2 * 4 + n % 2] + p[n / 2 * 4 + 2 + n % 2];
       wgmma_wait<1>();
     }
     wgmma_wait<0>();
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      pin(lead[b]);
-      pin(rest[b]);
+      products[b].pin();
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) out[b][i] += lead[b][i] + rest[b][i];
+      for (int i = 0; i < kSums; ++i) out[b][i] += products[b][i];
     }
   }
 
@@ -285,8 +417,10 @@ struct WideForward {
 template <class Worker>
 __global__ void __launch_bounds__(kThreads, 2) wide_forward_kernel(const ForwardParameters parameters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(sizeof(typename Worker::Shared) <= 115712, "a multiprocessor takes two blocks");
   extern __shared__ __align__(1024) unsigned char wide_bytes[];
   auto& shared = *reinterpret_cast<typename Worker::Shared*>(wide_bytes);
+  let_next_launch();
   const Problem& p = parameters.p;
   Chunk chunk;
   if (!Chunk::find(parameters.chunks, blockIdx.x, Worker::kTile, &chunk)) return;
@@ -294,19 +428,19 @@ __global__ void __launch_bounds__(kThreads, 2) wide_forward_kernel(const Forward
   const QueryRows rows(p, chunk.sample, head_kv);
   if (first >= rows.count) return;
 
-  KeyStream<typename Worker::Shape> stream(p, chunk, head_kv, shared.stages[warp]);
+  WideKeys keys(p, chunk, head_kv, shared.stages, shared.barriers);
   Worker worker(shared, p);
-  worker.load(p, rows, first);
-  __syncthreads();
-  for (int tile = 0; tile < stream.tiles(); ++tile) {
-    const typename Worker::Stage& stage = stream.next(tile);
-    float s[Worker::kSums];
-    worker.score(s, stage.k());
-    worker.softmax(s, stage);
-    worker.sum(tile % Worker::kStages);
-    __syncthreads();  // everybody has read this stage, and the weights in shared memory
+  worker.load(p, rows, first, keys);
+  for (int tile = 0; tile < keys.tiles(); ++tile) {
+    const auto& stage = shared.stages[tile % WideKeys::kStages];
+    keys.wait(tile);
+    float s[Worker::kSums], weights[Worker::kSums];
+    typename Worker::First first_keys;
+    worker.score(s, first_keys, stage, keys);
+    worker.softmax(weights, s, keys);
+    worker.sum(weights, first_keys, stage);
   }
-  copy_wait<0>();
+  __syncthreads();  // the weights in shared memory have been read
   worker.finish();
 
 #pragma unroll

@@ -120,20 +120,13 @@ __device__ void load_queries(T* shared, const void* source, const Problem& p, co
 // ---- tiles of keys ---------------------------------------------------------------------------
 
 // kOneTable: values are the keys. kMembers: a key brings the row of the gradient that it adds to, and the bounds of that row's members.
-// kTogether: all warps of the block read each warp's tiles, so that they have equally many of them; rows lie without gaps, and their
-// pieces of 16 bytes change places instead.
-template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, bool kMembers_ = false, bool kTogether_ = false>
+template <typename T_, int kDim_, int kTile_, int kStages_, bool kOneTable_, bool kMembers_ = false>
 struct TileShape {
   using T = T_;
   static constexpr int kDim = kDim_, kTile = kTile_, kStages = kStages_;
-  static constexpr bool kOneTable = kOneTable_, kMembers = kMembers_, kTogether = kTogether_;
+  static constexpr bool kOneTable = kOneTable_, kMembers = kMembers_;
   static constexpr int kPiece = 16 / sizeof(T);
-  static constexpr int kStride = kDim + (kTogether ? 0 : kPiece);  // rows start 4 banks apart: matrix loads meet no conflict
-
-  // Where 16 bytes of a row lie.
-  __device__ static constexpr int at(int row, int piece) {
-    return row * kStride + (kTogether ? piece ^ (row % 8) ^ (row / 8 % 2 * 4) : piece) * kPiece;
-  }
+  static constexpr int kStride = kDim + kPiece;  // rows start 4 banks apart: matrix loads meet no conflict
 
   struct alignas(16) Stage {
     T rows[kOneTable ? 1 : 2][kTile * kStride];
@@ -162,8 +155,7 @@ class KeyStream {
       : p_(p), stages_(stages), index_(index), offsets_(offsets), end_(chunk.end), head_(head_kv), weights_(weights_of(p)) {
     first_ = chunk.begin + int(threadIdx.x) / 32 * Shape::kTile;
     constexpr int kStep = kWarps * Shape::kTile;
-    const int from = Shape::kTogether ? chunk.begin : first_;
-    tiles_ = from < end_ ? (end_ - from + kStep - 1) / kStep : 0;
+    tiles_ = first_ < end_ ? (end_ - first_ + kStep - 1) / kStep : 0;
     peek();
     for (int s = 0; s + 1 < Shape::kStages; ++s) issue();
   }
@@ -223,7 +215,7 @@ class KeyStream {
           const int row = __shfl_sync(~0u, read, i * kAtOnce + lane / kPieces);
           const int64_t from = int64_t(max(row, 0)) * row_bytes;
           const bool present = inside && row >= 0;
-          const int to = Shape::at(i * kAtOnce + lane / kPieces, piece);
+          const int to = (i * kAtOnce + lane / kPieces) * Shape::kStride + piece * Shape::kPiece;
           copy_async(stage.k() + to, k_from + from, present);
           if (!Shape::kOneTable) copy_async(stage.v() + to, v_from + from, present);
         }
