@@ -1,8 +1,9 @@
 """How fast the GPU backends were measured: what `choose` ranks them by.
 
 TFLOP/s of forward and backward together (4 n^2 h d and 2.5 times that), bf16, 16 heads, torch 2.11.0+cu130, flash-attn-4 4.0.0b36
-(csrc/weighted_attention/NOTES.md). Ours and flash-attn-4 without weights: one call on an H100, in turns (forward 10, backward 7).
-flash-attn-4 with weights at 16k, and FlexAttention: one H200, at one length each, taken for all. `gpu` says so for each.
+(csrc/weighted_attention/NOTES.md). Ours and flash-attn-4 without weights: one call on an H100, in turns (forward 10, backward 10), but
+flash-attn-4 at 1k, where that call waits for its launches: an earlier one behind a busy queue. flash-attn-4 with weights at 16k, and
+FlexAttention: one H200, at one length each, taken for all. `gpu` says so for each.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ ON_H200 = (("flash4", True), ("flex", True))  # (backend, weighted) that were ti
 
 # (backend, weighted, deterministic): for each of DIMS, at each of KEYS
 RATES: dict[tuple[str, bool, bool], tuple[tuple[int, ...], ...]] = {
-    ("hopper", True, False): ((389, 528, 552), (469, 618, 633)),
-    ("hopper", True, True): ((339, 436, 452), (440, 537, 529)),
-    ("flash4", False, False): ((389, 536, 573), (475, 633, 682)),
-    ("flash4", False, True): ((370, 507, 563), (436, 578, 621)),
+    ("hopper", True, False): ((394, 545, 587), (468, 624, 645)),
+    ("hopper", True, True): ((368, 505, 537), (448, 573, 576)),
+    ("flash4", False, False): ((389, 541, 571), (475, 632, 666)),
+    ("flash4", False, True): ((370, 508, 560), (436, 579, 622)),
     ("flash4", True, False): ((409, 409, 409), (472, 472, 472)),
     ("flex", True, False): ((337, 337, 337), (350, 350, 350)),
 }
