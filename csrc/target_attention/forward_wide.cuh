@@ -9,12 +9,6 @@
 
 namespace target_attention {
 
-using weighted_attention::Barrier;
-using weighted_attention::barrier_expect;
-using weighted_attention::barrier_init;
-using weighted_attention::barrier_init_fence;
-using weighted_attention::barrier_wait;
-using weighted_attention::bulk_load;
 using weighted_attention::descriptor;
 using weighted_attention::descriptor_rows;
 using weighted_attention::fence_proxy_async;
@@ -43,65 +37,52 @@ WIDE_MULTIPLY(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
 WIDE_MULTIPLY(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 WIDE_MULTIPLY(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 
-// How a chunk's keys reach a block: in tiles of 64, a tile ahead, a row at a time by the copy engine. Key i of step s, of 8 keys each,
-// lies at row(s, i); from key to key the banks are four further, so that reads of a step's keys meet none twice.
+// How a chunk's keys reach a block: each warp copies 16 rows of every tile of 64, a tile ahead, and its lanes keep their weights.
 class WideKeys {
  public:
-  static constexpr int kDim = 128, kStages = 2, kTile = 16 * kWarps, kSteps = kTile / 8;
-  struct Stage {
-    float keys[8][kSteps * kDim + 4];
+  static constexpr int kDim = 128, kStages = 2, kTile = 16 * kWarps, kPanelFloats = kTile * 32;
+  using Stage = float[kDim / 32][kPanelFloats];  // 32 columns of all keys, swizzled over 128 bytes
 
-    __device__ const float* row(int step, int i) const { return keys[i] + step * kDim; }
-    __device__ float* row(int step, int i) { return keys[i] + step * kDim; }
-  };
-
-  // barriers: one for each stage.
-  __device__ WideKeys(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages, Barrier* barriers)
-      : p_(p), stages_(stages), barriers_(barriers), end_(chunk.end), per_key_(weights_of(p) == Weights::kPerKey) {
-    key_ = chunk.begin + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32;
+  __device__ WideKeys(const Problem& p, const Chunk& chunk, int head_kv, Stage* stages)
+      : p_(p), stages_(stages), end_(chunk.end), per_key_(weights_of(p) == Weights::kPerKey) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    key_ = chunk.begin + warp * 16 + lane;
     tiles_ = (chunk.end - chunk.begin + kTile - 1) / kTile;
-    from_ = static_cast<const float*>(p.k_table) + int64_t(head_kv) * p.head_dim;
+    inside_ = lane * 4 < p.head_dim;  // zeros beyond: a product takes whole columns
+    from_ = static_cast<const float*>(p.k_table) + int64_t(head_kv) * p.head_dim + (inside_ ? lane * 4 : 0);
     peek();
-    if (threadIdx.x < kStages) barrier_init(&barriers[threadIdx.x], kWarps);
-    barrier_init_fence();
-    if (p.head_dim < kDim) {  // a product takes whole columns
-      for (int i = threadIdx.x; i < kStages * int(sizeof(Stage) / 4); i += kThreads) stages[0].keys[0][i] = 0.f;
-      fence_proxy_async();
-    }
-    __syncthreads();
+    begin_copy();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) copy(i);
+    end_copy();
   }
 
   __device__ int tiles() const { return tiles_; }
 
-  // Waits for tile `tile`, to be asked for in turn, until all warps have it and are done with the one before.
-  __device__ void wait(int tile) {
-    barrier_wait(&barriers_[tile % kStages], tile / kStages % 2);
+  // Waits for the next tile, until all warps have it and are done with the one before.
+  __device__ void wait() {
+    copy_wait<0>();
     __syncthreads();
     weight_ = copied_;
   }
 
-  // Of the tile waited for: the weight of key i of this warp's step 0 or 1.
-  __device__ float weight(int step, int i) const { return __shfl_sync(~0u, weight_, step * 8 + i); }
+  // Of the tile waited for: the weight of a key of the warp's 16.
+  __device__ float weight(int key) const { return __shfl_sync(~0u, weight_, key); }
 
-  // Asks for the first tile, or the one after that waited for; each warp for two steps.
-  __device__ void issue() {
-    if (issued_ >= tiles_) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, bytes = p_.head_dim * int(sizeof(float));
-    Stage& stage = stages_[issued_ % kStages];
-    Barrier* const barrier = &barriers_[issued_ % kStages];
-    const bool present = row_ >= 0 && next_ != -CUDART_INF_F;  // an absent row may hold NaN and is not read
-    const uint32_t all = __ballot_sync(~0u, present);
-    if (lane == 0) barrier_expect(barrier, __popc(all) * bytes);
-    if (present) bulk_load(stage.row(2 * warp + lane / 8, lane % 8), from_ + int64_t(row_) * (p_.heads_kv * p_.head_dim), bytes, barrier);
-    if (all != 0xffff) {
-      for (uint32_t left = ~all & 0xffff; left != 0; left &= left - 1) {
-        const int at = __ffs(left) - 1;
-        *reinterpret_cast<float4*>(stage.row(2 * warp + at / 8, at % 8) + lane * 4) = make_float4(0.f, 0.f, 0.f, 0.f);
-      }
-      fence_proxy_async();
-    }
+  // The tile after the one waited for, row by row of the warp's 16; zeros behind the last.
+  __device__ void begin_copy() {
+    read_ = next_ == -CUDART_INF_F ? -1 : row_;  // an absent row may hold NaN and is not read
+    to_ = stages_[copies_++ % kStages][threadIdx.x % 32 / 8] + threadIdx.x / 32 * 16 * 32;
+    shuffled_ = __shfl_sync(~0u, read_, 0);
+  }
+  __device__ void copy(int i) {
+    const int row = shuffled_, lane = threadIdx.x % 32;
+    if (i < 15) shuffled_ = __shfl_sync(~0u, read_, i + 1);
+    copy_async(to_ + i * 32 + (lane % 8 ^ i % 8) * 4, from_ + int64_t(max(row, 0)) * (p_.heads_kv * p_.head_dim), inside_ && row >= 0);
+  }
+  __device__ void end_copy() {
+    copy_commit();
     copied_ = next_;
-    ++issued_;
     key_ += kTile;
     peek();
   }
@@ -119,11 +100,11 @@ class WideKeys {
 
   const Problem& p_;
   Stage* stages_;
-  Barrier* barriers_;
   const float* from_;
-  int end_, tiles_, key_, issued_ = 0, row_;
+  float* to_;
+  int end_, tiles_, key_, copies_ = 0, row_, read_, shuffled_;
   float next_, copied_, weight_;
-  bool per_key_;
+  bool per_key_, inside_;
 };
 
 template <int kRows_>
@@ -134,7 +115,7 @@ struct WideForward {
   // row's leading parts stand in row r, its remainders in row r + kRows.
   static constexpr int kPanelFloats = 2 * kRows * 32;
 
-  // To be aligned to 1024 bytes, as panels are.
+  // To be aligned to 1024 bytes, as panels are; two blocks to a multiprocessor leave it 115,712 bytes.
   struct Shared {
     float q[kDim / 32][kPanelFloats];
     union {
@@ -142,11 +123,10 @@ struct WideForward {
       float over_warps[kWarps][kRows];
     };
     WideKeys::Stage stages[WideKeys::kStages];
-    Barrier barriers[WideKeys::kStages];
   };
 
-  // The products that count: the keys' leading parts with both parts of what the rows bring, in one, and the keys' remainders with its
-  // leading parts, in sums of their own: products of two shapes may not add to the same without a fence.
+  // The products that count: leading parts of keys with both parts of what the rows bring, and the keys' remainders with its leading
+  // parts, apart, because products of one shape alone may share sums without a fence.
   struct Products {
     float both[2 * kSums], rest[kSums];
 
@@ -157,16 +137,9 @@ struct WideForward {
     }
   };
 
-  // Of a step of 8 keys, the columns that a warp adds up, and their parts in the order in which products read them: [b].
-  struct Columns {
-    uint4 of[2];
-  };
+  // Of a step of 8 keys and the columns that a warp adds up, in the order in which products read them: [b].
   struct Parted {
     uint32_t high[2][4], low[2][4];
-  };
-  struct First {  // steps 0 and 1 of a tile, read before the weights are there
-    Parted parted;
-    Columns next;
   };
 
   Shared& shared;
@@ -182,23 +155,15 @@ struct WideForward {
   // A lane's accumulators d[4 j + 2 half + i] belong to kOfLane query rows: the one that n = 2 j + i counts.
   static __device__ int row_at(int n) { return n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2; }
 
-  // Rows first .. first + kRows of the queries, zeros past the end and in the padding, and the first tile of keys, asked for last.
-  __device__ void load(const Problem& p, const QueryRows& rows, int first, WideKeys& keys) {
-    constexpr int kPieces = kDim / 4, kOfThread = kRows * kPieces / kThreads;
-    float4 x[kOfThread];
-    const int column = int(threadIdx.x) % kPieces * 4;
-#pragma unroll
-    for (int i = 0; i < kOfThread; ++i) {
-      const int r = (i * kThreads + int(threadIdx.x)) / kPieces;
-      x[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  // Rows first .. first + kRows of the queries, zeros past the end and in the padding.
+  __device__ void load(const Problem& p, const QueryRows& rows, int first) {
+    for (int i = threadIdx.x; i < kRows * kDim / 4; i += kThreads) {
+      const int r = i / (kDim / 4), column = i % (kDim / 4) * 4;
+      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
       if (first + r < rows.count && column < p.head_dim)
-        x[i] = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + rows.index(p, first + r) * p.head_dim + column);
-    }
-    keys.issue();
-#pragma unroll
-    for (int i = 0; i < kOfThread; ++i) {
-      const int r = (i * kThreads + int(threadIdx.x)) / kPieces;
-      store_parts<4>(&shared.q[column / 32][r * 32 + (column % 32 / 4 ^ r % 8) * 4], &x[i].x);
+        x = *reinterpret_cast<const float4*>(static_cast<const float*>(p.q) + rows.index(p, first + r) * p.head_dim + column);
+      float* const to = &shared.q[column / 32][r * 32 + (column % 32 / 4 ^ r % 8) * 4];
+      store_parts<4>(to, &x.x);
     }
     fence_proxy_async();
   }
@@ -222,42 +187,40 @@ struct WideForward {
     }
   }
 
-  // s (this warp's 16 keys x rows). Parts are made beside the products of the two steps before.
-  __device__ void score(float (&s)[kSums], First& first, const WideKeys::Stage& keys, WideKeys& stream) {
+  // s (this warp's 16 keys x rows). A step's parts are made beside the products of the one before it, and a row of the next tile is
+  // asked for.
+  __device__ void score(float (&s)[kSums], Parted& first, const WideKeys::Stage& keys, WideKeys& stream) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t queries = descriptor_rows(shared_address(shared.q));
-    const float* const row = keys.row(2 * warp + lane / 8 % 2, lane % 8) + lane / 16 * 4;
     Products products;
     Fragment x[kDim / 8];
+    const auto load = [&](int k) {
+      x[k] = load_matrices(keys[k / 4] + (warp * 16 + lane % 16) * 32 + (k % 4 * 2 + lane / 16 ^ lane % 8) * 4);
+    };
+    load(0);
+    load(1);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) x[k] = load_matrices(row + k * 8);
+    for (int k = 0; k < kDim / 8; ++k) {
+      uint32_t high[4], low[4];
 #pragma unroll
-    for (int k = 0; k < kDim / 8; k += 2) {
-      uint32_t high[2][4], low[2][4];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Parts parts = parts_of(x[k + j].x[i]);
-          high[j][i] = parts.high, low[j][i] = parts.low;
-        }
-        pin(high[j]);
-        pin(low[j]);
+      for (int i = 0; i < 4; ++i) {
+        const Parts parts = parts_of(x[k].x[i]);
+        high[i] = parts.high, low[i] = parts.low;
       }
-      if (k + 4 < kDim / 8) x[k + 4] = load_matrices(row + (k + 4) * 8), x[k + 5] = load_matrices(row + (k + 5) * 8);
+      pin(high);
+      pin(low);
+      if (k + 2 < kDim / 8) load(k + 2);
       wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const uint64_t at = descriptor(queries, (k + j) / 4 * kPanelFloats * 4 + (k + j) % 4 * 32);
-        multiply_wide(products.both, high[j], at, k + j > 0);
-        multiply_wide(products.rest, low[j], at, k + j > 0);
-      }
+      const uint64_t at = descriptor(queries, k / 4 * kPanelFloats * 4 + k % 4 * 32);
+      multiply_wide(products.both, high, at, k > 0);
+      multiply_wide(products.rest, low, at, k > 0);
       wgmma_commit();
-      if (k == 0) stream.issue();
+      if (k == 0) stream.begin_copy();
+      stream.copy(k);
       wgmma_wait<1>();
     }
-    first.parted = split(read(keys, 0));
-    first.next = read(keys, 1);
+    stream.end_copy();
+    split(first, keys, 0);
     wgmma_wait<0>();
     products.pin();
 #pragma unroll
@@ -269,7 +232,7 @@ struct WideForward {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float w[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) w[half] = keys.weight(half, lane / 4) * kLog2e;
+    for (int half = 0; half < 2; ++half) w[half] = keys.weight(lane / 4 + half * 8) * kLog2e;
     const bool passed = weigh(p, s, w);
     store_weights(p, warp, lane);
     if (__syncthreads_or(passed)) {
@@ -296,7 +259,8 @@ struct WideForward {
     return passed;
   }
 
-  // Key 2 t + odd of a step's eight stands at place t + 4 odd, as `read` takes them.
+  // Key 2 t + odd of eight stands at place t + 4 odd of its step: the rows that a quarter of a warp reads at once in `split` then lie in
+  // different banks.
   __device__ void store_weights(const float (&p)[kSums], int warp, int lane) {
     const int key = lane / 4, chunk = warp % 2 * 4 + key % 2;
 #pragma unroll
@@ -338,20 +302,13 @@ struct WideForward {
     __syncthreads();
   }
 
-  static __device__ Columns read(const WideKeys::Stage& keys, int step) {
+  __device__ void split(Parted& parted, const WideKeys::Stage& keys, int step) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Columns x;
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd)
-      x.of[odd] = *reinterpret_cast<const uint4*>(keys.row(step, lane % 4 * 2 + odd) + warp * 32 + lane / 4 * 4);
-    return x;
-  }
-
-  static __device__ Parted split(const Columns& x) {
-    Parted parted;
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      const uint32_t of_columns[4] = {x.of[odd].x, x.of[odd].y, x.of[odd].z, x.of[odd].w};
+      const int key = lane % 4 * 2 + odd;
+      const uint4 x = *reinterpret_cast<const uint4*>(keys[warp] + (step * 8 + key) * 32 + (lane / 4 ^ key) * 4);
+      const uint32_t of_columns[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const Parts parts = parts_of(of_columns[i]);
@@ -360,18 +317,16 @@ struct WideForward {
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b) pin(parted.high[b]), pin(parted.low[b]);  // here, not where they are asked for
-    return parted;
   }
 
-  // Sums += weights of all 64 keys.
-  __device__ void sum(const float (&p)[kSums], const First& first, const WideKeys::Stage& keys) {
+  // Sums += weights of all 64 keys; the first 8 of them are split.
+  __device__ void sum(const float (&p)[kSums], Parted& first, const WideKeys::Stage& keys) {
     const uint32_t weights = descriptor_rows(shared_address(shared.p));
     Products products[2];
-    Parted parted[WideKeys::kSteps];
-    Columns x[WideKeys::kSteps];
-    parted[0] = first.parted, x[1] = first.next;
+    Parted parted[kTile / 8];
+    parted[0] = first;
 #pragma unroll
-    for (int step = 0; step < WideKeys::kSteps; ++step) {
+    for (int step = 0; step < kTile / 8; ++step) {
       const uint64_t at = descriptor(weights, step / 4 * kPanelFloats * 4 + step % 4 * 32);
       wgmma_fence();
 #pragma unroll
@@ -380,8 +335,7 @@ struct WideForward {
         multiply_wide(products[b].rest, parted[step].low[b], at, step > 0);
       }
       wgmma_commit();
-      if (step + 2 < WideKeys::kSteps) x[step + 2] = read(keys, step + 2);
-      if (step + 1 < WideKeys::kSteps) parted[step + 1] = split(x[step + 1]);
+      if (step + 1 < kTile / 8) split(parted[step + 1], keys, step + 1);
       if (step == 0)
 #pragma unroll
         for (int n = 0; n < kOfLane; ++n) total[n] += p[n / 2 * 4 + n % 2] + p[n / 2 * 4 + 2 + n % 2];
@@ -417,7 +371,6 @@ struct WideForward {
 template <class Worker>
 __global__ void __launch_bounds__(kThreads, 2) wide_forward_kernel(const ForwardParameters parameters) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(sizeof(typename Worker::Shared) <= 115712, "a multiprocessor takes two blocks");
   extern __shared__ __align__(1024) unsigned char wide_bytes[];
   auto& shared = *reinterpret_cast<typename Worker::Shared*>(wide_bytes);
   let_next_launch();
@@ -428,18 +381,19 @@ __global__ void __launch_bounds__(kThreads, 2) wide_forward_kernel(const Forward
   const QueryRows rows(p, chunk.sample, head_kv);
   if (first >= rows.count) return;
 
-  WideKeys keys(p, chunk, head_kv, shared.stages, shared.barriers);
+  WideKeys keys(p, chunk, head_kv, shared.stages);
   Worker worker(shared, p);
-  worker.load(p, rows, first, keys);
+  worker.load(p, rows, first);
   for (int tile = 0; tile < keys.tiles(); ++tile) {
     const auto& stage = shared.stages[tile % WideKeys::kStages];
-    keys.wait(tile);
+    keys.wait();
     float s[Worker::kSums], weights[Worker::kSums];
-    typename Worker::First first_keys;
+    typename Worker::Parted first_keys;
     worker.score(s, first_keys, stage, keys);
     worker.softmax(weights, s, keys);
     worker.sum(weights, first_keys, stage);
   }
+  copy_wait<0>();
   __syncthreads();  // the weights in shared memory have been read
   worker.finish();
 
