@@ -66,8 +66,8 @@ def prebuilt(spec: OpSpec) -> Any | None:
         return None
     except ImportError as error:  # symbols that this torch does not have
         warnings.warn(
-            f"{error.path or spec.module} was built for another torch than {torch.__version__} and is left out ({error}); build it "
-            f"again ({spec.build_variable}=1 python setup.py build_ext --inplace, or pip install again) or delete it",
+            f"{error.path or spec.module} does not load with torch {torch.__version__} ({error}) and is left out, as if built for another "
+            f"version; build it again ({spec.build_variable}=1 python setup.py build_ext --inplace, or pip install again) or delete it",
             stacklevel=2,
         )
         return None
