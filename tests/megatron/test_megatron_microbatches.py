@@ -111,6 +111,7 @@ def test_the_schedules_hook_checks_a_step_before_it_begins(megatron_ranks: Calla
 
 def test_evaluation_is_not_checked_and_nothing_is_lost() -> None:
     batches = [microbatch(SIZES, 0, i) for i in range(4)]
+    batches[0] = (batches[0][0] + SIZES.vocab, *batches[0][1:])  # ids that a check would refuse
     given = CheckedMicrobatches(iter(batches), SIZES.vocab, lambda: 2)
     with torch.no_grad(), given.begin_step():
         assert next(given) is batches[0]
