@@ -115,18 +115,22 @@ struct WeightReader {
   }
 };
 
-// Writes zeros over the rows of absent keys: 0 * NaN is NaN. Called by a whole warp.
+// Writes zeros over the rows of absent keys: 0 * NaN is NaN. Called by a whole warp, of which a row takes so many lanes
+// as it has pieces of 16 bytes.
 template <typename T, int kKeys, int kHeadDim>
 __device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
-  constexpr int kChunks = padded_columns(kHeadDim) / 8;  // of 16 bytes, a row
+  constexpr int kPieces = padded_columns(kHeadDim) / 8, kRowsAtOnce = 32 / kPieces;
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));
+  const int row = lane / kPieces, piece = lane % kPieces;
+  const uint32_t first = shared_address(tile) + (piece / 8 * kKeys + row) * kPanelBytes + piece % 8 * 16;
 #pragma unroll 1
   for (int block = 0; block < kKeys; block += 32) {
-    const uint32_t absent = __ballot_sync(0xffffffffu, bias[block + threadIdx.x % 32] == minus_infinity());
+    const uint32_t absent = __ballot_sync(0xffffffffu, bias[block + lane] == minus_infinity()) >> row;
     if (absent == 0) continue;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < 32 * kChunks; i += 32) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      if (absent >> row & 1) zero_chunk<kKeys>(shared_address(tile), block + row, chunk);
+#pragma unroll 16
+    for (int i = 0; i < 32; i += kRowsAtOnce) {
+      if (absent >> i & 1) zero_16(first + (block + i) * kPanelBytes);
     }
   }
   fence_proxy_async();

@@ -144,19 +144,18 @@ __device__ __forceinline__ void pack_fragments(uint32_t (&packed)[N / 4], const 
   for (int i = 0; i < N / 4; ++i) packed[i] = pack<T>(d[2 * i], d[2 * i + 1]);
 }
 
-// Writes zeros over 16 bytes of a row of a tile of kRows, by place and not by column.
-template <int kRows>
-__device__ __forceinline__ void zero_chunk(uint32_t tile, int row, int chunk) {
-  const uint32_t address = tile + (chunk / 8 * kRows + row) * kPanelBytes + chunk % 8 * 16;
+__device__ __forceinline__ void zero_16(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
-// Writes zeros over rows [begin, end) of a tile of kRows x kColumns: over whole panels, within which the order of chunks differs by row.
+// Writes zeros over rows [begin, end) of a tile of kRows x kColumns: over whole panels, in each of which they are one run of bytes.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void zero_rows(uint32_t tile, int begin, int end, int thread, int threads) {
-  constexpr int kChunks = padded_columns(kColumns) / 8;  // of 16 bytes, a row
-  for (int i = begin * kChunks + thread; i < end * kChunks; i += threads) {
-    zero_chunk<kRows>(tile, i / kChunks, i % kChunks);
+  const uint32_t last = tile + end * kPanelBytes;
+#pragma unroll 4
+  for (uint32_t at = tile + begin * kPanelBytes + thread * 16; at < last; at += threads * 16) {
+#pragma unroll
+    for (int panel = 0; panel < padded_columns(kColumns) / kPanel; ++panel) zero_16(at + panel * kRows * kPanelBytes);
   }
 }
 
