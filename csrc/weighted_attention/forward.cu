@@ -9,11 +9,11 @@ namespace {
 
 template <typename T, int kHeadDim, bool kCausal>
 struct Choice {
-  using Shape = ForwardShape<T, kHeadDim, 2, 128, 3, 1, kCausal>;
+  using Shape = ForwardShape<T, kHeadDim, 2, 128, 2, 3, kCausal>;
 };
 template <typename T, bool kCausal>
 struct Choice<T, 64, kCausal> {
-  using Shape = ForwardShape<T, 64, 3, 128, 4, 2, kCausal>;
+  using Shape = ForwardShape<T, 64, 3, 128, 4, 4, kCausal>;
 };
 
 // Query heads in groups, as equal as can be, whose keys and values fit L2 together.
@@ -27,10 +27,12 @@ int heads_together(const Problem& p) {
 
 template <class Shape>
 cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cudaStream_t stream) {
-  CUtensorMap map_q, map_k, map_v;
+  CUtensorMap map_q, map_k, map_v, map_out;
   TA_RETURN_IF_ERROR(make_map(&map_q, p.type, p.q, p.queries, p.heads, p.head_dim, 64));
   TA_RETURN_IF_ERROR(make_map(&map_k, p.type, p.k, p.keys, p.heads_kv, p.head_dim, Shape::kKeys));
   TA_RETURN_IF_ERROR(make_map(&map_v, p.type, p.v, p.keys, p.heads_kv, p.head_dim, Shape::kKeys));
+  const Rows rows{out, int64_t(p.heads) * p.head_dim, p.head_dim};
+  TA_RETURN_IF_ERROR(make_map(&map_out, p.type, rows, p.queries, p.heads, p.head_dim, 16));  // a warp's rows
   int blocks;
   TA_RETURN_IF_ERROR(multiprocessors(&blocks));
 
@@ -45,7 +47,7 @@ cudaError_t launch(const Problem& p, void* out, float* lse, void* workspace, cud
   const auto kernel = forward_kernel<Shape>;
   const int bytes = sizeof(typename Shape::Shared);
   TA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<blocks, Shape::kThreads, bytes, stream>>>(map_q, map_k, map_v, parameters);
+  kernel<<<blocks, Shape::kThreads, bytes, stream>>>(map_q, map_k, map_v, map_out, parameters);
   return cudaGetLastError();
 }
 

@@ -32,7 +32,7 @@ struct alignas(16) ForwardWork {
   int key_tiles;       // how many tiles of them to walk; -1: there is no more work
 };
 
-template <typename T_, int kHeadDim_, int kConsumers_, int kKeys_, int kStages_, int kQueryStages_, bool kCausal_>
+template <typename T_, int kHeadDim_, int kConsumers_, int kKeys_, int kStages_, int kValueStages_, bool kCausal_>
 struct ForwardShape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -40,21 +40,23 @@ struct ForwardShape {
   static constexpr int kKeys = kKeys_;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kStages = kStages_;
-  static constexpr int kQueryStages = kQueryStages_;
+  static constexpr int kValueStages = kValueStages_;  // fewer will do: values are asked for half a step after their keys
+  static constexpr int kQueryStages = 2;
   static constexpr bool kCausal = kCausal_;
   static_assert(kKeys % 64 == 0);  // so the diagonal of 64 queries crosses one tile of keys
   // A sum of weights 2^x up to here is safe in T and, after summing and multiplying, in fp32.
   static constexpr float kLimit = std::is_same<T, __half>::value ? 0x1p15f : 0x1p60f;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 160;
 
   struct Shared {
     alignas(1024) T q[kQueryStages][kQueries * padded_columns(kHeadDim)];
     alignas(1024) T k[kStages][kKeys * padded_columns(kHeadDim)];
-    alignas(1024) T v[kStages][kKeys * padded_columns(kHeadDim)];
+    alignas(1024) T v[kValueStages][kKeys * padded_columns(kHeadDim)];
     alignas(16) float bias[kStages][kKeys];
-    Ring<kStages> ring_k, ring_v;
+    Ring<kStages> ring_k;
+    Ring<kValueStages> ring_v;
     Barrier q_landed[kQueryStages][kConsumers], q_free[kQueryStages][kConsumers];
     Handover<ForwardWork> schedule;
   };
@@ -151,6 +153,7 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
   using T = typename Shape::T;
   constexpr int kTileBytes = tile_bytes<T, Shape::kKeys, Shape::kHeadDim>();
   Cursor<Shape::kStages> at;
+  Cursor<Shape::kValueStages> at_v;
   Cursor<Shape::kQueryStages> at_q;
   Cursor<Handover<ForwardWork>::kStages> next;
   for (;;) {
@@ -158,7 +161,7 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
     if (work.key_tiles < 0) return;
     const int head_kv = work.head / p.group;
     for (int n = 0; n < work.key_tiles; ++n) {
-      const int key = work.key + n * Shape::kKeys;
+      const int key = work.key + tile_begin<Shape::kKeys>(n, work.keys);
       shared.ring_k.wait_free(at);
       barrier_expect(&shared.ring_k.landed[at.stage], kTileBytes);
       load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.k[at.stage], map_k, &shared.ring_k.landed[at.stage], head_kv,
@@ -173,11 +176,11 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
         }
         at_q.advance();
       }
-      shared.ring_v.wait_free(at);
-      barrier_expect(&shared.ring_v.landed[at.stage], kTileBytes);
-      load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.v[at.stage], map_v, &shared.ring_v.landed[at.stage], head_kv,
-                                                  key);
-      at.advance();
+      shared.ring_v.wait_free(at_v);
+      barrier_expect(&shared.ring_v.landed[at_v.stage], kTileBytes);
+      load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.v[at_v.stage], map_v, &shared.ring_v.landed[at_v.stage],
+                                                  head_kv, key);
+      at.advance(), at_v.advance();
     }
   }
 }
@@ -185,6 +188,7 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
 template <class Shape>
 __device__ __forceinline__ void forward_weigh(typename Shape::Shared& shared, const ForwardParameters& p) {
   Cursor<Shape::kStages> at;
+  Cursor<Shape::kValueStages> at_v;
   Cursor<Handover<ForwardWork>::kStages> next;
   for (;;) {
     const ForwardWork work = shared.schedule.template get<true>(next);
@@ -195,18 +199,25 @@ __device__ __forceinline__ void forward_weigh(typename Shape::Shared& shared, co
                                      work.head * p.weight_stride_head;
     prepare_sample<typename Shape::T, Shape::kKeys, Shape::kHeadDim>(
         weights, p.weight_stride_key, work.key_tiles, work.keys, 1.f / p.scale, shared.bias, shared.ring_k,
-        shared.ring_v, shared.k, shared.v, at);
+        shared.ring_v, shared.k, shared.v, at, at_v);
   }
 }
 
 template <class Shape>
 __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, const ForwardParameters& p,
-                                                int consumer) {
+                                                const CUtensorMap* map_out, int consumer) {
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   Cursor<Shape::kStages> at;
+  Cursor<Shape::kValueStages> at_v;
   Cursor<Handover<ForwardWork>::kStages> next;
   Cursor<Shape::kQueryStages> at_q;
+  // Results leave from where their queries were, which are given back when the copy engine has read them: in the next tile.
+  Barrier* lent = nullptr;
+  const auto give_back = [&] {
+    if (lent != nullptr && threadIdx.x % 32 == 0) bulk_wait_read(), barrier_arrive(lent);
+    lent = nullptr;
+  };
   const float factor = p.scale * kLog2e;
   float scores[kKeys / 2], out[kHeadDim / 2];
   uint32_t weights[kKeys / 4];
@@ -225,7 +236,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
     if constexpr (Shape::kCausal) walk = min(walk, (work.row + consumer * 64) / kKeys + 1);
     const auto mask = [&](int n) {
       if constexpr (Shape::kCausal) {
-        const int last = work.row + consumer * 64 + fragment_row() - n * kKeys;
+        const int last = work.row + consumer * 64 + fragment_row() - tile_begin<kKeys>(n, work.keys);
         if (same_in_warp(n + 1 == walk)) mask_after<kKeys>(scores, last, last + 8);
       }
     };
@@ -250,21 +261,21 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       wgmma_wait<0>();
       pin(scores);
       shared.ring_k.release(at);
+      give_back();
       mask(0);
       softmax.careful<kKeys>(scores, factor, rescale);
       pack_fragments<T, kKeys>(weights, scores);
 
       for (int n = 1; n < walk; ++n) {
-        const Cursor<Shape::kStages> before = at;
         at.advance();
         shared.ring_k.wait_ready(at);
         load_bias<kKeys>(scores, shared.bias[at.stage]);
-        shared.ring_v.wait_ready(before);
+        shared.ring_v.wait_ready(at_v);
         pin(scores), pin(out), pin(weights);
         wgmma_fence();
         multiply_keys(at.stage);
         wgmma_commit();
-        multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[before.stage]), n > 1);
+        multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[at_v.stage]), n > 1);
         wgmma_commit();
         wgmma_wait<1>();
         pin(scores);
@@ -286,58 +297,78 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
         shared.ring_k.release(at);
         wgmma_wait<0>();
         pin(out), pin(weights);
-        shared.ring_v.release(before);
+        shared.ring_v.release(at_v);
+        at_v.advance();
         pack_fragments<T, kKeys>(weights, scores);
       }
-      warp_arrive(&shared.q_free[at_q.stage][consumer]);
-      shared.ring_v.wait_ready(at);
+      shared.ring_v.wait_ready(at_v);
       pin(out), pin(weights);
       wgmma_fence();
-      multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[at.stage]), walk > 1);
+      multiply_fragments<T, kHeadDim, kKeys, kKeys>(out, weights, shared_address(shared.v[at_v.stage]), walk > 1);
       wgmma_commit();
       wgmma_wait<0>();
       pin(out);
-      shared.ring_v.release(at);
-      at.advance();
+      shared.ring_v.release(at_v);
+      at.advance(), at_v.advance();
     }
-    if (key_tiles > 0) {
-      if (walk == 0) warp_arrive(&shared.q_free[at_q.stage][consumer]);
-      at_q.advance();
-    }
+    give_back();
 
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
     const int place_row = consumer * 64 + fragment_row();
+    const int warp_row = consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
+    const bool whole = key_tiles > 0 && warp_row + 16 <= work.queries;  // so that the copy engine can store the warp's rows
+    const int head = work.head, token = work.query + warp_row;
     T* address[2];
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool exists = place_row + 8 * i < work.queries;
       const int64_t place = int64_t(work.query + place_row + 8 * i) * p.heads + work.head;
-      inverse[i] = sum[i] == 0.f ? 0.f : 1.f / sum[i];
+      inverse[i] = sum[i] == 0.f ? 0.f : reciprocal_approx(sum[i]);
       address[i] = exists ? static_cast<T*>(p.out) + place * kHeadDim : nullptr;
       if (exists && threadIdx.x % 4 == 0) {
         p.lse[place] =
-            sum[i] == 0.f ? minus_infinity() : (softmax.base(i) * factor + log2f(sum[i])) * kLn2;
+            sum[i] == 0.f ? minus_infinity() : (softmax.base(i) * factor + __log2f(sum[i])) * kLn2;
       }
     }
     shared.schedule.done(next);
-    store_fragment<T, kHeadDim>(out, inverse[0], inverse[1], address[0], address[1]);
+    named_sync(1 + consumer, kWarpgroup);  // all are done with their queries
+    if (same_in_warp(whole)) {
+      store_fragment_shared<T, kHeadDim, kQueries>(q, out, inverse[0], inverse[1]);
+      fence_proxy_async();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int panel = 0; panel < padded_columns(kHeadDim) / kPanel; ++panel) {
+          tma_store(map_out, shared.q[at_q.stage] + (panel * kQueries + warp_row) * kPanel, panel * kPanel, head, token);
+        }
+        bulk_commit();
+      }
+    } else {
+      store_fragment<T, kHeadDim>(out, inverse[0], inverse[1], address[0], address[1]);
+    }
+    if (key_tiles > 0) {
+      lent = &shared.q_free[at_q.stage][consumer];
+      at_q.advance();
+    }
     // The rest of the walk is for the others. A stage is given back only once it is filled: before, the barrier still
     // counts who gave it back the time before.
     for (int n = walk; n < key_tiles; ++n) {
       shared.ring_k.wait_ready(at);
       shared.ring_k.release(at);
-      shared.ring_v.wait_ready(at);
-      shared.ring_v.release(at);
-      at.advance();
+      shared.ring_v.wait_ready(at_v);
+      shared.ring_v.release(at_v);
+      at.advance(), at_v.advance();
     }
   }
+  give_back();
 }
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
-                   const __grid_constant__ CUtensorMap map_v, const __grid_constant__ ForwardParameters p) {
+                   const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_out,
+                   const __grid_constant__ ForwardParameters p) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -360,7 +391,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (threadIdx.x == 64) forward_schedule<Shape>(shared, p);
   } else {
     registers_acquire<Shape::kConsumerRegisters>();
-    forward_consume<Shape>(shared, p, warpgroup - 1);
+    forward_consume<Shape>(shared, p, &map_out, warpgroup - 1);
   }
 }
 

@@ -93,44 +93,29 @@ __host__ __device__ constexpr int tile_bytes() {
   return kRows * padded_columns(kHeadDim) * int(sizeof(T));
 }
 
-// Walks the log weights of a sample's keys, 32 at a time, in the lanes of the weight warp.
-struct WeightReader {
-  const float* weight;  // of this lane's next key; null: all 0
-  int64_t step;         // elements to the key 32 further
-  int keys;             // from this lane's next key on
+// The first key of a sample's tile n. The last tile ends where the keys end, so that it holds no other sample's (if they
+// fill one tile); keys that it shares with the tile before count there.
+template <int kKeys>
+__device__ __forceinline__ int tile_begin(int n, int keys) {
+  return max(0, min(n * kKeys, keys - kKeys));
+}
 
-  __device__ __forceinline__ WeightReader(const float* log_weight, int64_t stride, int keys_)
-      : weight(log_weight == nullptr ? nullptr : log_weight + threadIdx.x % 32 * stride),
-        step(32 * stride),
-        keys(keys_ - threadIdx.x % 32) {}
-
-  __device__ __forceinline__ float next() {
-    float w = keys > 0 ? 0.f : minus_infinity();
-    if (weight != nullptr) {
-      if (keys > 0) w = *weight;
-      weight += step;
-    }
-    keys -= 32;
-    return w;
-  }
-};
-
-// Writes zeros over the rows of absent keys: 0 * NaN is NaN. Called by a whole warp, of which a row takes so many lanes
-// as it has pieces of 16 bytes.
+// Writes zeros over the rows of keys that count for nothing: 0 * NaN is NaN. Called by a whole warp, of which a row takes so
+// many lanes as it has pieces of 16 bytes.
 template <typename T, int kKeys, int kHeadDim>
 __device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
   constexpr int kPieces = padded_columns(kHeadDim) / 8, kRowsAtOnce = 32 / kPieces;
   int lane = threadIdx.x % 32;
-  asm volatile("" : "+r"(lane));
+  asm volatile("" : "+r"(lane));  // addresses are computed here, not kept in registers by the loop around
   const int row = lane / kPieces, piece = lane % kPieces;
-  const uint32_t first = shared_address(tile) + (piece / 8 * kKeys + row) * kPanelBytes + piece % 8 * 16;
+  const uint32_t address = shared_address(tile) + (piece / 8 * kKeys + row) * kPanelBytes + piece % 8 * 16;
 #pragma unroll 1
   for (int block = 0; block < kKeys; block += 32) {
     const uint32_t absent = __ballot_sync(0xffffffffu, bias[block + lane] == minus_infinity()) >> row;
     if (absent == 0) continue;
-#pragma unroll 16
+#pragma unroll
     for (int i = 0; i < 32; i += kRowsAtOnce) {
-      if (absent >> i & 1) zero_16(first + (block + i) * kPanelBytes);
+      if (absent >> i & 1) zero_16(address + (block + i) * kPanelBytes);
     }
   }
   fence_proxy_async();
@@ -138,35 +123,46 @@ __device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
 
 // The weight warp's walk over the first `tiles` tiles of a sample's keys, of which `keys` are seen: it hands out their
 // biases and zeroes the rows of absent keys. The weights of a tile are fetched while those before wait.
-template <typename T, int kKeys, int kHeadDim, int kStages>
+template <typename T, int kKeys, int kHeadDim, int kStages, int kValueStages>
 __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t stride, int tiles, int keys,
                                                float inverse_scale, float (&bias)[kStages][kKeys],
-                                               Ring<kStages>& ring_k, Ring<kStages>& ring_v,
+                                               Ring<kStages>& ring_k, Ring<kValueStages>& ring_v,
                                                const T (&k)[kStages][kKeys * padded_columns(kHeadDim)],
-                                               const T (&v)[kStages][kKeys * padded_columns(kHeadDim)],
-                                               Cursor<kStages>& at) {
+                                               const T (&v)[kValueStages][kKeys * padded_columns(kHeadDim)],
+                                               Cursor<kStages>& at, Cursor<kValueStages>& at_v) {
   constexpr int kPerLane = kKeys / 32;
   static_assert(kKeys % 32 == 0);
-  WeightReader reader(log_weight, stride, keys);
   float next[kPerLane];
+  const auto fetch = [&](int begin) {
+    const int key = begin + threadIdx.x % 32;
+    const float* weight = log_weight + key * stride;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) next[i] = reader.next();
+    for (int i = 0; i < kPerLane; ++i) {
+      next[i] = minus_infinity();
+      if (key + 32 * i < keys) next[i] = log_weight == nullptr ? 0.f : *weight;
+      weight += 32 * stride;
+    }
+  };
+  fetch(0);
   for (int n = 0; n < tiles; ++n) {
     ring_k.wait_landed(at);  // so the biases of the tile before in this stage have been read, too
+    const int counted = n * kKeys - tile_begin<kKeys>(n, keys);
     bool absent = false;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      bias[at.stage][threadIdx.x % 32 + 32 * i] = next[i] * inverse_scale;  // what the scores' accumulators start from
+      const int row = threadIdx.x % 32 + 32 * i;
+      // What the scores' accumulators start from.
+      bias[at.stage][row] = row < counted ? minus_infinity() : next[i] * inverse_scale;
       absent |= next[i] == minus_infinity();
-      next[i] = reader.next();
     }
+    fetch(tile_begin<kKeys>(n + 1, keys));
     const bool any_absent = __any_sync(0xffffffffu, absent);
     if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], k[at.stage]);
     warp_arrive(&ring_k.ready[at.stage]);
-    ring_v.wait_landed(at);
-    if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], v[at.stage]);
-    warp_arrive(&ring_v.ready[at.stage]);
-    at.advance();
+    ring_v.wait_landed(at_v);
+    if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], v[at_v.stage]);
+    warp_arrive(&ring_v.ready[at_v.stage]);
+    at.advance(), at_v.advance();
   }
 }
 

@@ -73,6 +73,20 @@ __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t tile, i
   load_matrix(chunk_address<kRows>(tile, row, 2 * k + thread / 16 % 2), a[0], a[1], a[2], a[3]);
 }
 
+// Writes a fragment (64 x N) times a factor per row over a warpgroup's 64 rows of a tile of kRows (from `tile` on): the
+// inverse of load_fragment. Each warp writes its 16.
+template <typename T, int N, int kRows>
+__device__ __forceinline__ void store_fragment_shared(uint32_t tile, const float (&d)[N / 2], float upper, float lower) {
+  const int row = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 16, half = threadIdx.x / 16 % 2;
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k) {
+    const float* x = &d[8 * k];
+    store_matrix(chunk_address<kRows>(tile, row, 2 * k + half), pack<T>(x[0] * upper, x[1] * upper),
+                 pack<T>(x[2] * lower, x[3] * lower), pack<T>(x[4] * upper, x[5] * upper),
+                 pack<T>(x[6] * lower, x[7] * lower));
+  }
+}
+
 // d (16 of 64 rows x N) += A * B^T as multiply_rows computes it, by one warp alone and slowly.
 template <typename T, int N, int kDepth, int kRowsA, int kRowsB>
 __device__ __forceinline__ void multiply_rows_alone(float (&d)[N / 2], uint32_t a, uint32_t b) {
