@@ -91,8 +91,9 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
   constexpr int kTileBytes = tile_bytes<T, kQueries, kHeadDim>() + kQueries * int(sizeof(float));
   const Share share = Shape::kShares ? shared.share : Share{0, 1, -1};
   barrier_expect(&shared.kv_landed, 2 * tile_bytes<T, Shape::kKeys, kHeadDim>());
-  load_tile<T, Shape::kKeys, kHeadDim>(shared.k, map_k, &shared.kv_landed, tile.head, tile.begin + tile.row);
-  load_tile<T, Shape::kKeys, kHeadDim>(shared.v, map_v, &shared.kv_landed, tile.head, tile.begin + tile.row);
+  const int first_key = tile.begin + first_row(tile.row, Shape::kKeys, tile.length);
+  load_tile<T, Shape::kKeys, kHeadDim>(shared.k, map_k, &shared.kv_landed, tile.head, first_key);
+  load_tile<T, Shape::kKeys, kHeadDim>(shared.v, map_v, &shared.kv_landed, tile.head, first_key);
 
   const int group = p.heads / p.heads_kv;
   const int first_head = tile.head * group;
@@ -105,25 +106,25 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
     const int diagonal = Shape::kCausal ? tile.row : 0;
     const int steps = (queries - diagonal + kQueries - 1) / kQueries;
     const auto cut = [&](int64_t part) { return diagonal + int(steps * part / share.parts) * kQueries; };
-    const int first_row = cut(share.part), end_row = min(queries, cut(share.part + 1));
-    if (first_row >= end_row) continue;
+    const int begin_row = cut(share.part), end_row = min(queries, cut(share.part + 1));
+    if (begin_row >= end_row) continue;
     for (int head = first_head; head < first_head + group; ++head) {
       const int64_t place = p.rows.row(chunk, head);
-      shared.runs.put(next, {first_row, end_row, int(place / kQueries), chunk, head,
+      shared.runs.put(next, {begin_row, end_row, int(place / kQueries), chunk, head,
                              p.weight_stride_head != 0 || head == first_head});
       // More do not fit into the producer's registers; with one the compiler finds the consumers' loop fewer uniform
       // ones, though not with kRepeatable.
 #pragma unroll (Shape::kRepeatable ? 1 : 2)
-      for (int row = first_row; row < end_row; row += kQueries) {
+      for (int row = begin_row; row < end_row; row += kQueries) {
+        const int token = query + first_row(row, kQueries, queries);
         barrier_wait(&shared.q_free[at.stage], at.phase ^ 1);
         barrier_expect(&shared.q_landed[at.stage], kTileBytes);
-        load_tile<T, kQueries, kHeadDim>(shared.q[at.stage], map_q, &shared.q_landed[at.stage], head, query + row);
+        load_tile<T, kQueries, kHeadDim>(shared.q[at.stage], map_q, &shared.q_landed[at.stage], head, token);
         bulk_load(shared.lse[at.stage], p.rows.lse + place + row, kQueries * sizeof(float),
                   &shared.q_landed[at.stage]);
         barrier_wait(&shared.dout_free[at.stage], at.phase ^ 1);
         barrier_expect(&shared.dout_landed[at.stage], kTileBytes);
-        load_tile<T, kQueries, kHeadDim>(shared.dout[at.stage], map_dout, &shared.dout_landed[at.stage], head,
-                                         query + row);
+        load_tile<T, kQueries, kHeadDim>(shared.dout[at.stage], map_dout, &shared.dout_landed[at.stage], head, token);
         bulk_load(shared.delta[at.stage], p.rows.delta + place + row, kQueries * sizeof(float),
                   &shared.dout_landed[at.stage]);
         at.advance();
@@ -135,18 +136,6 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
 
 constexpr int kConsumersBarrier = 1;
 constexpr int kConsumerThreads = 2 * kWarpgroup;
-
-// In a chunk's last tile of queries, or of their gradients, the rows of the next one are zeroed: their weights are 0,
-// and 0 * NaN is NaN.
-template <class Shape>
-__device__ __forceinline__ void zero_foreign_queries(uint32_t address, int present) {
-  if (present < Shape::kQueries) {
-    zero_rows<Shape::kQueries, Shape::kHeadDim>(address, present, Shape::kQueries, threadIdx.x - kWarpgroup,
-                                                kConsumerThreads);
-    fence_proxy_async();
-    named_sync(kConsumersBarrier, kConsumerThreads);
-  }
-}
 
 // Whether this thread and its neighbour find a key absent for all that could see it: each looks at half of the chunks.
 __device__ __forceinline__ bool absent_everywhere(const BackwardParameters& p, const Tile& tile, int key) {
@@ -184,13 +173,14 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
   constexpr int kDqColumns = padded_columns(kHeadDim);
   const float factor = p.scale * kLog2e;
   const int thread = threadIdx.x % kWarpgroup;
-  // Of the lane, within the sample; its second row is 8 below.
-  const auto lane_key = [&] { return tile.row + consumer * 64 + fragment_row(); };
+  const auto first_key = [&] { return first_row(tile.row, kKeys, tile.length); };
+  // Of the lane, within the sample; its second row is 8 below. Keys before tile.row count in another tile.
+  const auto lane_key = [&] { return first_key() + consumer * 64 + fragment_row(); };
 
   // Zeros over keys that nobody sees (two threads a row).
   {
     const int row = (threadIdx.x - kWarpgroup) / 2;
-    const bool absent = absent_everywhere(p, tile, tile.row + row);
+    const bool absent = absent_everywhere(p, tile, first_key() + row);
     shared.absent[row] = absent;
     barrier_wait(&shared.kv_landed, 0);
     if (absent) {
@@ -274,11 +264,24 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         weight[i] = minus_infinity();
-        if (key + 8 * i < visible) {
+        if (key + 8 * i >= tile.row && key + 8 * i < visible) {
           const int64_t place = p.weight_place(run.chunk, tile.begin + key + 8 * i, run.head);
           weight[i] = p.log_weight == nullptr ? 0.f : p.log_weight[place] * kLog2e;
         }
       }
+    }
+
+    // Where a chunk's queries do not fill one step, the rows of the next chunk behind them, and of its gradients, become
+    // zeros: their weights are 0, and 0 * NaN is NaN.
+    if (run.queries < kQueries) {
+      barrier_wait(&shared.q_landed[at.stage], at.phase);
+      barrier_wait(&shared.dout_landed[at.stage], at.phase);
+      for (const T* tile : {shared.q[at.stage], shared.dout[at.stage]}) {
+        zero_rows<kQueries, kHeadDim>(shared_address(tile), run.queries, kQueries, threadIdx.x - kWarpgroup,
+                                      kConsumerThreads);
+      }
+      fence_proxy_async();
+      named_sync(kConsumersBarrier, kConsumerThreads);
     }
 
     for (int row = run.row; row < run.queries; row += kQueries) {
@@ -293,13 +296,11 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
 
       // S^T = K Q^T, and dP^T = V dO^T under its exponentials.
       barrier_wait(&shared.q_landed[at.stage], at.phase);
-      zero_foreign_queries<Shape>(q, run.queries - row);
       pin(scores);
       wgmma_fence();
       multiply_rows<T, kQueries, kHeadDim, kKeys, kQueries>(scores, k, q, false);
       wgmma_commit();
       barrier_wait(&shared.dout_landed[at.stage], at.phase);
-      zero_foreign_queries<Shape>(dout, run.queries - row);
       pin(dp);
       wgmma_fence();
       multiply_rows_held<T, kQueries, kHeadDim, kKeys, kQueries>(dp, held_v, v, dout);
@@ -308,7 +309,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       pin(scores);
       if constexpr (Shape::kCausal) {
         if (same_in_warp(row < tile.row + consumer * 64 + 63)) {
-          const int first = lane_key() - row;
+          const int first = lane_key() - first_row(row, kQueries, run.queries);
           mask_before<kQueries>(scores, first, first + 8);
         }
       }
@@ -379,7 +380,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     // The rows of a key that nobody sees are 0 whatever NaN its sample's queries hold.
-    if (shared.absent[key + 8 * i - tile.row]) {
+    if (shared.absent[consumer * 64 + fragment_row() + 8 * i]) {
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         dk[4 * j + 2 * i] = dk[4 * j + 2 * i + 1] = dv[4 * j + 2 * i] = dv[4 * j + 2 * i + 1] = 0.f;

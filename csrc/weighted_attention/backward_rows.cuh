@@ -1,7 +1,8 @@
 // What backward needs per query row, before and after the main kernel.
 //
 // Workspaces are laid out by tiles of kRowTile query rows, head by head, each chunk beginning a tile:
-// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r.
+// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r, except that the rows of a chunk's last step
+// are its last ones (first_row); those which the step before holds count for nothing in the last one.
 #pragma once
 
 #include "plan.cuh"
@@ -17,7 +18,7 @@ __host__ __device__ constexpr int queries_of_step(int head_dim) { return head_di
 struct RowWorkspace {
   Plan plan;   // tiles of kRowTile queries
   int max_tiles;
-  float* lse;    // base 2; +inf for rows without keys and for padding: their weights 2^(score - lse) become 0
+  float* lse;    // base 2; +inf for rows without keys, rows that count for nothing and padding: 2^(score - lse) becomes 0
   float* delta;  // sum(out * dout) - dlse: what is subtracted from dP
   float* dq;     // fp32 sums in fragment order
   int* turns;    // how many tiles of keys have added to dq, for each tile of queries (backward_turns.cuh)
@@ -57,12 +58,11 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const PrepareParameters p) {
   using Pair = typename Pair<T>::Type;
   constexpr int kLanes = padded_columns(kHeadDim) / 8;  // of one row, 16 bytes each
-  constexpr int kTurns = kRowTile / queries_of_step(kHeadDim);
+  constexpr int kStep = queries_of_step(kHeadDim), kTurns = kRowTile / kStep;
   if (blockIdx.x >= *p.rows.plan.total) return;
   const int head = blockIdx.y;
   const TileEntry entry = p.rows.plan.entries[blockIdx.x];
-  const int first_row = (blockIdx.x - entry.first) * kRowTile;
-  const int64_t first_token = entry.begin;
+  const int tile_row = (blockIdx.x - entry.first) * kRowTile;
   const int64_t place = (int64_t(head) * p.rows.max_tiles + blockIdx.x) * kRowTile;
 
   constexpr int kColumns = padded_columns(kHeadDim);
@@ -72,8 +72,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Pre
   const int lane = threadIdx.x % kLanes;
 #pragma unroll 4
   for (int r = threadIdx.x / kLanes; r < kRowTile; r += kPrepareThreads / kLanes) {
-    const int64_t token = first_token + first_row + r;
-    const bool exists = first_row + r < entry.length;
+    const int step_row = tile_row + r / kStep * kStep;
+    const int row = first_row(step_row, kStep, entry.length) + r % kStep;
+    const int64_t token = entry.begin + row;
+    const bool exists = row >= step_row && row < entry.length;
     float sum = 0.f;
     if (exists && lane * 8 < kHeadDim) {
       uint4 a = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.out) + (token * p.heads + head) * kHeadDim +
@@ -116,8 +118,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup) finish_dq_kernel(const FinishP
   const int head = blockIdx.y, part = blockIdx.x % kParts;
   const TileEntry entry = p.rows.plan.entries[number];
   const int64_t token = entry.begin;
-  const int first_row = (number - entry.first) * kRowTile + part * kQueries;
-  if (first_row >= entry.length) return;
+  const int step_row = (number - entry.first) * kRowTile + part * kQueries;
+  if (step_row >= entry.length) return;
 
   const int consumer = threadIdx.x / kWarpgroup;
   const int64_t place = (int64_t(head) * p.rows.max_tiles + number) * kRowTile + part * kQueries;
@@ -129,12 +131,12 @@ __global__ void __launch_bounds__(2 * kWarpgroup) finish_dq_kernel(const FinishP
     const float4 four = sums[i * kWarpgroup];
     dq[4 * i] = four.x, dq[4 * i + 1] = four.y, dq[4 * i + 2] = four.z, dq[4 * i + 3] = four.w;
   }
-  const int row = first_row + fragment_row() + (kQueries == 128 ? consumer * 64 : 0);
+  const int row = first_row(step_row, kQueries, entry.length) + fragment_row() + (kQueries == 128 ? consumer * 64 : 0);
   T* address[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     T* begin = static_cast<T*>(p.dq) + ((token + row + 8 * i) * p.heads + head) * kHeadDim;
-    address[i] = row + 8 * i < entry.length ? begin + (kQueries == 128 ? 0 : consumer * 64) : nullptr;
+    address[i] = row + 8 * i >= step_row && row + 8 * i < entry.length ? begin + (kQueries == 128 ? 0 : consumer * 64) : nullptr;
   }
   store_fragment<T, 64>(dq, p.scale, p.scale, address[0], address[1],
                         kQueries == 128 ? kHeadDim : kHeadDim - consumer * 64);

@@ -71,7 +71,7 @@ __device__ __forceinline__ void visit_sums(float4* sums, int64_t part, int warpg
   }
 }
 
-// A lane's two rows of a tile's dk and dv, from `key` on, where the sample has them.
+// A lane's two rows of a tile's dk and dv, from `key` on, where the sample has them and they are the tile's own.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store_keys(const float (&dk)[kHeadDim / 2], const float (&dv)[kHeadDim / 2],
                                            const Tile& tile, int key, int heads, float scale, void* all_dk,
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_keys(const float (&dk)[kHeadDim / 2], cons
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t place = (int64_t(tile.begin + key + 8 * i) * heads + tile.head) * kHeadDim;
-    const bool exists = key + 8 * i < tile.length;
+    const bool exists = key + 8 * i >= tile.row && key + 8 * i < tile.length;
     rows[0][i] = exists ? static_cast<T*>(all_dk) + place : nullptr;
     rows[1][i] = exists ? static_cast<T*>(all_dv) + place : nullptr;
   }
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup) sum_parts_kernel(const SumPart
                          });
   }
   const Tile tile = find_tile(p.plan, cut.whole + blockIdx.x, p.heads, kKeys);
-  const int key = tile.row + warpgroup * 64 + fragment_row();
+  const int key = first_row(tile.row, kKeys, tile.length) + warpgroup * 64 + fragment_row();
   store_keys<T, kHeadDim>(dk, dv, tile, key, p.heads, p.scale, p.dk, p.dv);
 }
 

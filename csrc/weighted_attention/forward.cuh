@@ -161,7 +161,7 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
     if (work.key_tiles < 0) return;
     const int head_kv = work.head / p.group;
     for (int n = 0; n < work.key_tiles; ++n) {
-      const int key = work.key + tile_begin<Shape::kKeys>(n, work.keys);
+      const int key = work.key + first_row(n * Shape::kKeys, Shape::kKeys, work.keys);
       shared.ring_k.wait_free(at);
       barrier_expect(&shared.ring_k.landed[at.stage], kTileBytes);
       load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.k[at.stage], map_k, &shared.ring_k.landed[at.stage], head_kv,
@@ -236,7 +236,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
     if constexpr (Shape::kCausal) walk = min(walk, (work.row + consumer * 64) / kKeys + 1);
     const auto mask = [&](int n) {
       if constexpr (Shape::kCausal) {
-        const int last = work.row + consumer * 64 + fragment_row() - tile_begin<kKeys>(n, work.keys);
+        const int last = work.row + consumer * 64 + fragment_row() - first_row(n * kKeys, kKeys, work.keys);
         if (same_in_warp(n + 1 == walk)) mask_after<kKeys>(scores, last, last + 8);
       }
     };

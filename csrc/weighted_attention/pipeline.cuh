@@ -93,13 +93,6 @@ __host__ __device__ constexpr int tile_bytes() {
   return kRows * padded_columns(kHeadDim) * int(sizeof(T));
 }
 
-// The first key of a sample's tile n. The last tile ends where the keys end, so that it holds no other sample's (if they
-// fill one tile); keys that it shares with the tile before count there.
-template <int kKeys>
-__device__ __forceinline__ int tile_begin(int n, int keys) {
-  return max(0, min(n * kKeys, keys - kKeys));
-}
-
 // Writes zeros over the rows of keys that count for nothing: 0 * NaN is NaN. Called by a whole warp, of which a row takes so
 // many lanes as it has pieces of 16 bytes.
 template <typename T, int kKeys, int kHeadDim>
@@ -146,7 +139,7 @@ __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t 
   fetch(0);
   for (int n = 0; n < tiles; ++n) {
     ring_k.wait_landed(at);  // so the biases of the tile before in this stage have been read, too
-    const int counted = n * kKeys - tile_begin<kKeys>(n, keys);
+    const int counted = n * kKeys - first_row(n * kKeys, kKeys, keys);
     bool absent = false;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -155,7 +148,7 @@ __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t 
       bias[at.stage][row] = row < counted ? minus_infinity() : next[i] * inverse_scale;
       absent |= next[i] == minus_infinity();
     }
-    fetch(tile_begin<kKeys>(n + 1, keys));
+    fetch(first_row((n + 1) * kKeys, kKeys, keys));
     const bool any_absent = __any_sync(0xffffffffu, absent);
     if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], k[at.stage]);
     warp_arrive(&ring_k.ready[at.stage]);

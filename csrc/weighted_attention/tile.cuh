@@ -12,6 +12,10 @@ constexpr int kWarpgroup = 128;
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 __device__ __forceinline__ float plus_infinity() { return __int_as_float(0x7f800000); }
 
+// The first row of a tile of so many rows that is planned to begin at `row`, of `length` in all. The last tile ends where the
+// rows end, so that it holds nobody else's (if they fill one tile); rows that it shares with the tile before count there.
+__device__ __forceinline__ int first_row(int row, int rows, int length) { return max(0, min(row, length - rows)); }
+
 // Columns of the fragment that lane holds first in every group of 8; its rows are fragment_row and 8 below.
 __device__ __forceinline__ int fragment_column() { return 2 * (threadIdx.x % 4); }
 __device__ __forceinline__ int fragment_row() { return 16 * (threadIdx.x % kWarpgroup / 32) + threadIdx.x % 32 / 4; }
