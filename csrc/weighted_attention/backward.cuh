@@ -56,6 +56,9 @@ struct BackwardShape {
   // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
   // the tiles of a causal last round are its cheapest.
   static constexpr bool kShares = !kRepeatable && !kCausal && shares_rounds(kHeadDim);
+  // Whether a warpgroup none of whose keys count in a tile leaves their products out; with weights' gradients and wide
+  // heads the compiler makes the other walk 7 % slower for it.
+  static constexpr bool kHelps = !kWeightGradient || kHeadDim == 64;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 3 * kWarpgroup;
 
@@ -165,12 +168,93 @@ __device__ __forceinline__ void multiply_ds_k(float (&d)[32], uint32_t ds, uint3
   }
 }
 
+// dQ = dS K needs both warpgroups' dS: each computes 64 queries, or 64 columns, over all 128 keys. It is done one step late, so
+// that neither warpgroup waits for the other and the products of one run under the exponentials of the other.
+template <class Shape>
+__device__ __forceinline__ void add_dq(typename Shape::Shared& shared, float* sums, int turn, uint32_t base, int consumer) {
+  constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
+  float dq[32];
+  const uint32_t ds = base + offsetof(typename Shape::Shared, ds) + (turn & 1) * sizeof(shared.ds[0]);
+  const uint32_t all_k = base + offsetof(typename Shape::Shared, k);
+  const int part = consumer * kKeys * kPanelBytes;
+  barrier_wait(&shared.ds_written[turn & 1], turn >> 1 & 1);
+  pin(dq);
+  wgmma_fence();
+  multiply_ds_k<typename Shape::T, kKeys>(dq, kQueries == 128 ? ds + part : ds, kQueries == 128 ? all_k : all_k + part);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(dq);
+  warp_arrive(&shared.ds_free[turn & 1]);
+  if constexpr (Shape::kRepeatable) barrier_wait(&shared.turns.come[turn & 1], turn >> 1 & 1);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    add_to_global(sums + i * 4 * kWarpgroup, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+  }
+  if constexpr (Shape::kRepeatable) warp_arrive(&shared.turns.added[turn & 1]);
+}
+
+// Where this lane adds its part of a step's dq.
+template <class Shape>
+__device__ __forceinline__ float* place_of_sums(const BackwardParameters& p, const QueryRun& run, int row, int consumer) {
+  return p.rows.dq + (int64_t(run.workspace) * Shape::kQueries + row) * padded_columns(Shape::kHeadDim) +
+         (consumer * 8 * kWarpgroup + threadIdx.x % kWarpgroup) * 4;
+}
+
+// Where a chunk's queries do not fill one step, the rows of the next chunk behind them, and of its gradients, become zeros:
+// their weights are 0, and 0 * NaN is NaN. Called by both warpgroups as a run begins.
+template <class Shape>
+__device__ __forceinline__ void zero_foreign_queries(typename Shape::Shared& shared, const QueryRun& run,
+                                                     const Cursor<Shape::kStages>& at) {
+  if (run.queries >= Shape::kQueries) return;
+  barrier_wait(&shared.q_landed[at.stage], at.phase);
+  barrier_wait(&shared.dout_landed[at.stage], at.phase);
+  for (const auto* tile : {shared.q[at.stage], shared.dout[at.stage]}) {
+    zero_rows<Shape::kQueries, Shape::kHeadDim>(shared_address(tile), run.queries, Shape::kQueries,
+                                                threadIdx.x - kWarpgroup, kConsumerThreads);
+  }
+  fence_proxy_async();
+  named_sync(kConsumersBarrier, kConsumerThreads);
+}
+
+// The walk of a warpgroup none of whose keys count: its half of dS is 0, and it computes its part of dq from the other's.
+template <class Shape>
+__device__ __forceinline__ void backward_help(typename Shape::Shared& shared, const BackwardParameters& p, int consumer) {
+  constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
+  for (int i = 0; i < 2 * kQueries / kPanel; ++i) {
+    zero_rows<kKeys, kPanel>(shared_address(shared.ds) + i * kKeys * kPanelBytes, consumer * 64, consumer * 64 + 64,
+                             threadIdx.x % kWarpgroup, kWarpgroup);
+  }
+  fence_proxy_async();
+  Cursor<Handover<QueryRun>::kStages> next;
+  Cursor<Shape::kStages> at;
+  float* sums = nullptr;
+  int turn = 0;
+  for (;;) {
+    const QueryRun run = shared.runs.template get<true>(next);
+    if (run.workspace < 0) break;
+    zero_foreign_queries<Shape>(shared, run, at);
+#pragma unroll 1
+    for (int row = run.row; row < run.queries; row += kQueries) {
+      barrier_wait(&shared.q_landed[at.stage], at.phase);
+      warp_arrive(&shared.q_free[at.stage]);
+      barrier_wait(&shared.dout_landed[at.stage], at.phase);
+      warp_arrive(&shared.dout_free[at.stage]);
+      barrier_wait(&shared.ds_free[turn & 1], (turn >> 1 & 1) ^ 1);
+      warp_arrive(&shared.ds_written[turn & 1]);
+      if (turn > 0) add_dq<Shape>(shared, sums, turn - 1, shared_address(&shared), consumer);
+      sums = place_of_sums<Shape>(p, run, row, consumer);
+      ++turn;
+      at.advance();
+    }
+  }
+  if (turn > 0) add_dq<Shape>(shared, sums, turn - 1, shared_address(&shared), consumer);
+}
+
 template <class Shape>
 __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared, const BackwardParameters& p,
                                                  const Tile& tile, int consumer) {
   using T = typename Shape::T;
   constexpr int kHeadDim = Shape::kHeadDim, kKeys = Shape::kKeys, kQueries = Shape::kQueries;
-  constexpr int kDqColumns = padded_columns(kHeadDim);
   const float factor = p.scale * kLog2e;
   const int thread = threadIdx.x % kWarpgroup;
   const auto first_key = [&] { return first_row(tile.row, kKeys, tile.length); };
@@ -191,6 +275,12 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
     named_sync(kConsumersBarrier, kConsumerThreads);
   }
 
+  if constexpr (Shape::kHelps) {
+    const int own_key = first_key() + consumer * 64;
+    const bool whole = !Shape::kShares || shared.share.slot < 0;  // parts write their sums
+    if (same_in_warp(whole && (own_key + 64 <= tile.row || own_key >= tile.length))) return backward_help<Shape>(shared, p, consumer);
+  }
+
   uint32_t held_v[Shape::kHeldV][4];
 #pragma unroll
   for (int i = 0; i < Shape::kHeldV; ++i) {
@@ -203,30 +293,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
   float weight[2], weight_gradient[2] = {0.f, 0.f};
   Cursor<Shape::kStages> at;
 
-  // dQ = dS K needs both warpgroups' dS: each computes 64 queries, or 64 columns, over all 128 keys. It is done one
-  // step late, so that neither warpgroup waits for the other and the products of one run under the exponentials of the
-  // other.
   float* sums = nullptr;  // where the step before adds its part of dq
-  const auto add_dq = [&](int of_turn, uint32_t base) {
-    float dq[32];
-    const uint32_t ds = base + offsetof(typename Shape::Shared, ds) + (of_turn & 1) * sizeof(shared.ds[0]);
-    const uint32_t all_k = base + offsetof(typename Shape::Shared, k);
-    const int part = consumer * kKeys * kPanelBytes;
-    barrier_wait(&shared.ds_written[of_turn & 1], of_turn >> 1 & 1);
-    pin(dq);
-    wgmma_fence();
-    multiply_ds_k<T, kKeys>(dq, kQueries == 128 ? ds + part : ds, kQueries == 128 ? all_k : all_k + part);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(dq);
-    warp_arrive(&shared.ds_free[of_turn & 1]);
-    if constexpr (Shape::kRepeatable) barrier_wait(&shared.turns.come[of_turn & 1], of_turn >> 1 & 1);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      add_to_global(sums + i * 4 * kWarpgroup, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    }
-    if constexpr (Shape::kRepeatable) warp_arrive(&shared.turns.added[of_turn & 1]);
-  };
   const auto write_weight_gradient = [&](int64_t place) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -271,19 +338,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       }
     }
 
-    // Where a chunk's queries do not fill one step, the rows of the next chunk behind them, and of its gradients, become
-    // zeros: their weights are 0, and 0 * NaN is NaN.
-    if (run.queries < kQueries) {
-      barrier_wait(&shared.q_landed[at.stage], at.phase);
-      barrier_wait(&shared.dout_landed[at.stage], at.phase);
-      for (const T* tile : {shared.q[at.stage], shared.dout[at.stage]}) {
-        zero_rows<kQueries, kHeadDim>(shared_address(tile), run.queries, kQueries, threadIdx.x - kWarpgroup,
-                                      kConsumerThreads);
-      }
-      fence_proxy_async();
-      named_sync(kConsumersBarrier, kConsumerThreads);
-    }
-
+    zero_foreign_queries<Shape>(shared, run, at);
     for (int row = run.row; row < run.queries; row += kQueries) {
       // Descriptors are rebuilt in every step: hoisted out of the loop they would fill the registers.
       const uint32_t base = recomputed(shared_address(&shared));
@@ -355,9 +410,8 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       }
       fence_proxy_async();
       warp_arrive(&shared.ds_written[turn & 1]);
-      if (turn > 0) add_dq(turn - 1, base);
-      sums = p.rows.dq + (int64_t(run.workspace) * kQueries + row) * kDqColumns +
-             (consumer * 8 * kWarpgroup + thread) * 4;
+      if (turn > 0) add_dq<Shape>(shared, sums, turn - 1, base, consumer);
+      sums = place_of_sums<Shape>(p, run, row, consumer);
       pin(dk), pin(packed_ds);
       wgmma_fence();
       multiply_fragments<T, kHeadDim, kQueries, kQueries>(dk, packed_ds, q, true);
@@ -371,7 +425,7 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
       at.advance();
     }
   }
-  if (turn > 0) add_dq(turn - 1, recomputed(shared_address(&shared)));
+  if (turn > 0) add_dq<Shape>(shared, sums, turn - 1, recomputed(shared_address(&shared)), consumer);
   if constexpr (Shape::kWeightGradient) {
     if (turn > 0) write_weight_gradient(gradient_place);
   }
