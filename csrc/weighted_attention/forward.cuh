@@ -43,6 +43,9 @@ struct ForwardShape {
   static constexpr int kValueStages = kValueStages_;  // fewer will do: values are asked for half a step after their keys
   static constexpr int kQueryStages = 2;
   static constexpr bool kCausal = kCausal_;
+  // Tiles of keys are walked from the last one on, which may hold few keys: nothing hides the first tile's products and
+  // exponentials. Not causally, where the last tile is the diagonal one, nor in fp16, where a base from few keys seldom lasts.
+  static constexpr bool kReverse = !kCausal && !std::is_same<T, __half>::value;
   static_assert(kKeys % 64 == 0);  // so the diagonal of 64 queries crosses one tile of keys
   // A sum of weights 2^x up to here is safe in T and, after summing and multiplying, in fp32.
   static constexpr float kLimit = std::is_same<T, __half>::value ? 0x1p15f : 0x1p60f;
@@ -161,7 +164,8 @@ __device__ __forceinline__ void forward_produce(typename Shape::Shared& shared, 
     if (work.key_tiles < 0) return;
     const int head_kv = work.head / p.group;
     for (int n = 0; n < work.key_tiles; ++n) {
-      const int key = work.key + first_row(n * Shape::kKeys, Shape::kKeys, work.keys);
+      const int tile = Shape::kReverse ? work.key_tiles - 1 - n : n;
+      const int key = work.key + first_row(tile * Shape::kKeys, Shape::kKeys, work.keys);
       shared.ring_k.wait_free(at);
       barrier_expect(&shared.ring_k.landed[at.stage], kTileBytes);
       load_tile<T, Shape::kKeys, Shape::kHeadDim>(shared.k[at.stage], map_k, &shared.ring_k.landed[at.stage], head_kv,
@@ -197,7 +201,7 @@ __device__ __forceinline__ void forward_weigh(typename Shape::Shared& shared, co
                                ? nullptr
                                : p.log_weight + work.chunk * p.weight_stride_chunk + work.key * p.weight_stride_key +
                                      work.head * p.weight_stride_head;
-    prepare_sample<typename Shape::T, Shape::kKeys, Shape::kHeadDim>(
+    prepare_sample<typename Shape::T, Shape::kKeys, Shape::kHeadDim, Shape::kReverse>(
         weights, p.weight_stride_key, work.key_tiles, work.keys, 1.f / p.scale, shared.bias, shared.ring_k,
         shared.ring_v, shared.k, shared.v, at, at_v);
   }
@@ -253,18 +257,38 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
     } else {
       shared.ring_k.wait_ready(at);
-      load_bias<kKeys>(scores, shared.bias[at.stage]);
-      pin(scores);
-      wgmma_fence();
-      multiply_keys(at.stage);
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(scores);
-      shared.ring_k.release(at);
-      give_back();
-      mask(0);
-      softmax.careful<kKeys>(scores, factor, rescale);
-      pack_fragments<T, kKeys>(weights, scores);
+      // Whether the lower half of the first tile counts elsewhere.
+      if (Shape::kReverse && same_in_warp(work.keys >= kKeys && key_tiles * kKeys - work.keys >= kKeys / 2)) {
+        float upper[kKeys / 4];
+        uint32_t packed[kKeys / 8];
+        load_bias<kKeys / 2>(upper, shared.bias[at.stage] + kKeys / 2);
+        pin(upper);
+        wgmma_fence();
+        multiply_rows<T, kKeys / 2, kHeadDim, kQueries, kKeys>(
+            upper, q, shared_address(shared.k[at.stage]) + kKeys / 2 * kPanelBytes, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(upper);
+        shared.ring_k.release(at);
+        give_back();
+        softmax.careful<kKeys / 2>(upper, factor, rescale);
+        pack_fragments<T, kKeys / 2>(packed, upper);
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i) weights[i] = 0, weights[kKeys / 8 + i] = packed[i];
+      } else {
+        load_bias<kKeys>(scores, shared.bias[at.stage]);
+        pin(scores);
+        wgmma_fence();
+        multiply_keys(at.stage);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(scores);
+        shared.ring_k.release(at);
+        give_back();
+        mask(0);
+        softmax.careful<kKeys>(scores, factor, rescale);
+        pack_fragments<T, kKeys>(weights, scores);
+      }
 
       for (int n = 1; n < walk; ++n) {
         at.advance();

@@ -115,8 +115,9 @@ __device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
 }
 
 // The weight warp's walk over the first `tiles` tiles of a sample's keys, of which `keys` are seen: it hands out their
-// biases and zeroes the rows of absent keys. The weights of a tile are fetched while those before wait.
-template <typename T, int kKeys, int kHeadDim, int kStages, int kValueStages>
+// biases and zeroes the rows of absent keys. The weights of a tile are fetched while those before wait. kReverse: from the last
+// tile on.
+template <typename T, int kKeys, int kHeadDim, bool kReverse, int kStages, int kValueStages>
 __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t stride, int tiles, int keys,
                                                float inverse_scale, float (&bias)[kStages][kKeys],
                                                Ring<kStages>& ring_k, Ring<kValueStages>& ring_v,
@@ -136,10 +137,11 @@ __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t 
       weight += 32 * stride;
     }
   };
-  fetch(0);
+  const auto tile = [&](int n) { return (kReverse ? tiles - 1 - n : n) * kKeys; };
+  fetch(first_row(tile(0), kKeys, keys));
   for (int n = 0; n < tiles; ++n) {
     ring_k.wait_landed(at);  // so the biases of the tile before in this stage have been read, too
-    const int counted = n * kKeys - first_row(n * kKeys, kKeys, keys);
+    const int counted = tile(n) - first_row(tile(n), kKeys, keys);
     bool absent = false;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -148,7 +150,7 @@ __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t 
       bias[at.stage][row] = row < counted ? minus_infinity() : next[i] * inverse_scale;
       absent |= next[i] == minus_infinity();
     }
-    fetch(first_row((n + 1) * kKeys, kKeys, keys));
+    fetch(first_row(tile(n + 1), kKeys, keys));
     const bool any_absent = __any_sync(0xffffffffu, absent);
     if (any_absent) zero_absent<T, kKeys, kHeadDim>(bias[at.stage], k[at.stage]);
     warp_arrive(&ring_k.ready[at.stage]);
