@@ -31,7 +31,8 @@ class EmbeddingFn(Protocol):
     tensor (R, D), and which of them the owned ids (n,) have, which may repeat: (n,) int64. `record(rows, grad)` takes the gradient (I, D)
     of distinct rows (I,) once per backward, spare entries with gradient 0 among them; the tensor must not be written to before. In a
     `CapturedStep` `record` is called on a stream that joins when backward ends. An attribute `trainable` that is False says that no
-    gradient is wanted.
+    gradient is wanted. Over several ranks `in_place` needs `owner_of`: nobody else knows which ids its rows are for. Where every rank
+    holds the whole table, that of `ta_plugin.routing.HashOwners(ranks)` will do.
     """
 
     def __call__(self, ids: Tensor, /) -> Tensor: ...
@@ -64,6 +65,16 @@ def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
 def owners_of(embedding_fn: EmbeddingFn, num_ranks: int) -> Owners:
     """The embedding's own ownership where it has one, else a hash of the id."""
     return embedding_fn if hasattr(embedding_fn, "owner_of") else HashOwners(num_ranks)  # type: ignore[return-value]
+
+
+def check_owners(embedding_fn: EmbeddingFn, num_ranks: int) -> None:
+    """Raise ValueError where rows would be read in place, on several ranks, at owners that the embedding did not name."""
+    if num_ranks > 1 and hasattr(embedding_fn, "in_place") and not hasattr(embedding_fn, "owner_of"):
+        raise ValueError(
+            f"embedding_fn is a {type(embedding_fn).__name__} with in_place and without owner_of, on {num_ranks} ranks: a rank would read "
+            "rows for ids that it may not hold; give it the table's owner_of, or, where every rank holds the whole table, "
+            f"ta_plugin.routing.HashOwners({num_ranks}).owner_of"
+        )
 
 
 def owned_id(embedding_fn: EmbeddingFn, vocab_size: int | None, group: SSPGroup) -> int:
