@@ -348,7 +348,7 @@ def initial_rows(first: int, last: int, dim: int, std: float, seed: int) -> Tens
     for block in range(first // _INIT_BLOCK, -(-last // _INIT_BLOCK)):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + block) % 2**63)
         start = block * _INIT_BLOCK
-        rows = torch.randn(_INIT_BLOCK, dim, generator=generator).mul_(std)
+        rows = torch.randn(_INIT_BLOCK, dim, dtype=torch.float32, generator=generator).mul_(std)
         blocks.append(rows[max(first - start, 0) : last - start])
     return torch.cat(blocks) if blocks else torch.empty(0, dim)
 
