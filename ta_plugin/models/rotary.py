@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ta_plugin.ops.connect import connect
 from ta_plugin.strategies import Halo
 from ta_plugin.unique_space import UniqueSpace
 
@@ -77,8 +78,8 @@ class RotaryAttention(nn.Module):
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int) -> Tensor:
         count = q.shape[0]
         blocks = -(-count // window)  # a block of `window` queries sees itself and the block before
-        if blocks == 0:
-            return q
+        if blocks == 0:  # on one of several ranks: backward of what brought k and v must still run
+            return connect(q, k, v)
         padding = blocks * window - count
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).view(blocks, window, *x.shape[1:]) for x in (q, k, v))
         k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x], 1) for x in (k, v))
