@@ -18,6 +18,7 @@ from ta_plugin.beside import Beside
 from ta_plugin.embedding import SharedEmbedding
 from ta_plugin.ops import load_op
 from ta_plugin.routing import HashOwners, PermutedRows
+from ta_plugin.strategies.in_place import OwnedTable
 
 B, L, T, V, E, H = 4, 30, 2, 60, 64, 2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -126,6 +127,9 @@ def test_frozen_and_shared_tables_and_no_gradients() -> None:
     model.embedding_fn = SharedEmbedding(table.table)
     model(**batch("cpu")).sum().backward()
     assert table.table.holds_gradients
+    assert OwnedTable.of(batch("cpu")["tokens"][0], None, model._parts()).in_place is not None
+    table.table.in_place = None  # taken away later, as an engine of another dtype does
+    assert OwnedTable.of(batch("cpu")["tokens"][0], None, model._parts()).in_place is None
 
 
 def test_queries_without_gradients_leave_the_rows_theirs() -> None:
