@@ -312,13 +312,20 @@ class ShardedTokenEmbedding(nn.Module):
         destination[prefix + "optimizer.steps"] = self.steps
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        missing = args[2]
+        _, _, missing, _, errors = args
         for name, local in [*self._sharded().items(), ("optimizer.steps", self.steps)]:
             value = state_dict.get(prefix + name)
             if value is None:
                 missing.append(prefix + name)
+                continue
+            value = value.to_local() if hasattr(value, "to_local") else value
+            if value.shape != local.shape:
+                errors.append(
+                    f"{prefix}{name} has shape {tuple(value.shape)}, but rank {self.group.rank} of {self.group.size} holds "
+                    f"{tuple(local.shape)}; what was saved on another number of ranks is loaded by torch.distributed.checkpoint"
+                )
             else:
-                local.copy_(value.to_local() if hasattr(value, "to_local") else value)
+                local.copy_(value)
 
     def _as_dtensor(self, local: Tensor) -> Tensor:
         if self.group.group is None:
