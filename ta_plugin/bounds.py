@@ -164,7 +164,8 @@ class Bounds:
     def _seen_for(self, intervals: tuple[_Interval, ...], device: torch.device) -> _Seen:
         # tensors from the host: made before a graph is captured, by the calls that warm up
         if intervals not in self._seen:
-            self._seen[intervals] = _Seen.of(intervals, device)
+            with torch.inference_mode(False):  # later calls, which may train, write to them
+                self._seen[intervals] = _Seen.of(intervals, device)
         return self._seen[intervals]
 
     def hear(self, wrong: Tensor) -> None:

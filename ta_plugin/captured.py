@@ -107,12 +107,13 @@ class CapturedStep:
         given, wanted = ([(tuple(x.shape), x.dtype) for x in each] for each in (inputs, self._inputs))
         if given != wanted:
             raise ValueError(f"inputs are {given}; pass the shapes and dtypes that were captured, {wanted}")
-        if self._graph is None:
-            return self._step(*inputs)
         if any(table.holds_gradients for table in self._tables):
             raise RuntimeError(
                 "a table still holds the gradients of the last call; run its step() or zero_grad() first"
             )
+        if self._graph is None:
+            self._forget()
+            return self._step(*inputs)
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
         self._graph.replay()

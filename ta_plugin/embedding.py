@@ -27,11 +27,13 @@ class EmbeddingFn(Protocol):
     `owner_of(ids)`, that decides ownership; otherwise a hash of the id does.
 
     Kernels of target attention can read rows where they lie instead of asking for a copy of each. An embedding lets them by two more
-    methods, if it says how many ids it has (`vocab_size`): a wrong id would read some row. `in_place(ids)` gives its rows as a contiguous
-    tensor (R, D), and which of them the owned ids (n,) have, which may repeat: (n,) int64. `record(rows, grad)` takes the gradient (I, D)
-    of distinct rows (I,) once per backward, spare entries with gradient 0 among them; the tensor must not be written to before. In a
-    `CapturedStep` `record` is called on a stream that joins when backward ends. An attribute `trainable` that is False says that no
-    gradient is wanted.
+    methods, if it says how many ids it has (`vocab_size`): a wrong id would read some row. `in_place(ids)` gives its rows as a
+    contiguous tensor (R, D), as a call would give them, and which of them the owned ids (n,) have, which may repeat: (n,) int64.
+    `record(rows, grad)` takes the gradient (I, D) of distinct rows (I,) once per backward, spare entries with gradient 0 among them;
+    the tensor must not be written to before. In a `CapturedStep` `record` is called on a stream that joins when backward ends. An
+    attribute `trainable` that is False says that no gradient is wanted. Over several ranks `in_place` needs `owner_of`: nobody else
+    knows which ids its rows are for. Where every rank holds the whole table, that of `ta_plugin.routing.HashOwners(ranks)` will do.
+    `in_place` may be None, as if it were not there.
     """
 
     def __call__(self, ids: Tensor, /) -> Tensor: ...
@@ -44,9 +46,11 @@ class SharedEmbedding:
         self.table = table
         self.embedding_dim: int | None = getattr(table, "embedding_dim", None)
         self.vocab_size = vocab_size_of(table)
-        for method in ("owner_of", "in_place", "record"):
-            if hasattr(table, method):
-                setattr(self, method, getattr(table, method))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("owner_of", "in_place", "record"):
+            return getattr(self.table, name)  # as it is now: an engine may take `in_place` away
+        raise AttributeError(name)
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.table(ids)
@@ -64,6 +68,21 @@ def vocab_size_of(embedding_fn: EmbeddingFn) -> int | None:
 def owners_of(embedding_fn: EmbeddingFn, num_ranks: int) -> Owners:
     """The embedding's own ownership where it has one, else a hash of the id."""
     return embedding_fn if hasattr(embedding_fn, "owner_of") else HashOwners(num_ranks)  # type: ignore[return-value]
+
+
+def reads_in_place(embedding_fn: EmbeddingFn) -> bool:
+    """Whether an embedding lets its rows be read where they lie."""
+    return getattr(embedding_fn, "in_place", None) is not None
+
+
+def check_owners(embedding_fn: EmbeddingFn, num_ranks: int) -> None:
+    """Raise ValueError where rows would be read in place, on several ranks, at owners that the embedding did not name."""
+    if num_ranks > 1 and reads_in_place(embedding_fn) and not hasattr(embedding_fn, "owner_of"):
+        raise ValueError(
+            f"embedding_fn is a {type(embedding_fn).__name__} with in_place and without owner_of, on {num_ranks} ranks: a rank would read "
+            "rows for ids that it may not hold; give it the table's owner_of, or, where every rank holds the whole table, "
+            f"ta_plugin.routing.HashOwners({num_ranks}).owner_of"
+        )
 
 
 def owned_id(embedding_fn: EmbeddingFn, vocab_size: int | None, group: SSPGroup) -> int:
@@ -293,13 +312,20 @@ class ShardedTokenEmbedding(nn.Module):
         destination[prefix + "optimizer.steps"] = self.steps
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        missing = args[2]
+        _, _, missing, _, errors = args
         for name, local in [*self._sharded().items(), ("optimizer.steps", self.steps)]:
             value = state_dict.get(prefix + name)
             if value is None:
                 missing.append(prefix + name)
+                continue
+            value = value.to_local() if hasattr(value, "to_local") else value
+            if value.shape != local.shape:
+                errors.append(
+                    f"{prefix}{name} has shape {tuple(value.shape)}, but rank {self.group.rank} of {self.group.size} holds "
+                    f"{tuple(local.shape)}; what was saved on another number of ranks is loaded by torch.distributed.checkpoint"
+                )
             else:
-                local.copy_(value.to_local() if hasattr(value, "to_local") else value)
+                local.copy_(value)
 
     def _as_dtensor(self, local: Tensor) -> Tensor:
         if self.group.group is None:
@@ -337,7 +363,7 @@ def initial_rows(first: int, last: int, dim: int, std: float, seed: int) -> Tens
     for block in range(first // _INIT_BLOCK, -(-last // _INIT_BLOCK)):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + block) % 2**63)
         start = block * _INIT_BLOCK
-        rows = torch.randn(_INIT_BLOCK, dim, generator=generator).mul_(std)
+        rows = torch.randn(_INIT_BLOCK, dim, dtype=torch.float32, generator=generator).mul_(std)
         blocks.append(rows[max(first - start, 0) : last - start])
     return torch.cat(blocks) if blocks else torch.empty(0, dim)
 

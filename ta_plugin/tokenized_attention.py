@@ -18,7 +18,7 @@ from ta_plugin.attention.scoring import Scoring
 from ta_plugin.attention.sides import Sides
 from ta_plugin.bounds import Bounds
 from ta_plugin.checks import check_tokens
-from ta_plugin.embedding import EmbeddingFn, owned_id, owners_of, vocab_size_of
+from ta_plugin.embedding import EmbeddingFn, check_owners, owned_id, owners_of, vocab_size_of
 from ta_plugin.inputs import OPTIONAL, Inputs, check_agreement, check_gradient_flags, check_widths, gradient_flags
 from ta_plugin.ops import expand
 from ta_plugin.parallel import SSPGroup, all_gather_rows, exchange_header
@@ -248,6 +248,7 @@ class TokenizedAttention(nn.Module):
         self.layout = layout or self.layout
         error: ValueError | None = None
         try:
+            check_owners(self.embedding_fn, self.group.size)
             self._check_layout()
             self.bounds = self._bounds(*self._given_bounds)
         except ValueError as failure:
@@ -307,6 +308,7 @@ class TokenizedAttention(nn.Module):
             raise ValueError(
                 f"embedding_fn is {self.embedding_fn!r}; pass what maps ids to rows, such as ShardedTokenEmbedding or nn.Embedding"
             )
+        check_owners(self.embedding_fn, self.group.size)
         known = vocab_size_of(self.embedding_fn)
         if vocab_size is not None and known is not None and vocab_size > known:
             raise ValueError(

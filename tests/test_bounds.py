@@ -225,6 +225,21 @@ def test_empty_batches_and_nan_rows() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
+def test_a_model_trains_after_it_was_tried_in_inference_mode() -> None:
+    model, wrong = build(B * L), inputs()
+    wrong["tokens"] = wrong["tokens"] + V
+    with torch.inference_mode():
+        tried = model(**inputs())
+        assert bool(model(**wrong).isnan().all())
+    with pytest.raises(ValueError, match="ids reached"):
+        model.check_bounds()
+    out = model(**inputs())
+    out.sum().backward()
+    assert torch.equal(out, tried)
+    model.check_bounds()
+
+
+@pytest.mark.usefixtures("compiled")
 def test_nothing_visits_the_host() -> None:
     for bound in (B * L, None):
         table = nn.Embedding(V, D).double()  # fake ones must not be recorded

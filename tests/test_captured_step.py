@@ -72,6 +72,22 @@ def test_replays_equal_the_step(device: str, dtype: torch.dtype) -> None:
     model.check_bounds()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_call_leaves_its_own_gradients_and_refuses_to_add_to_those_of_a_table(device: str) -> None:
+    model, table, bounded = build(device, torch.float32, B * L)
+    captured = CapturedStep(bounded, [model], batch(0, device))
+    captured(*batch(1, device))
+    with pytest.raises(RuntimeError, match="still holds the gradients of the last call"):
+        captured(*batch(2, device))
+    table.step()  # the dense ones stay
+    captured(*batch(2, device))
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    table.zero_grad()
+    bounded(*batch(2, device))
+    assert len(found) == 6 and all(map(torch.equal, found, (p.grad for p in model.parameters())))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_replay_that_does_not_fit_gives_nan_and_is_reported() -> None:
     model, table, bounded = build("cuda", torch.float32, 30)

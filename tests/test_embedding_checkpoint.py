@@ -102,3 +102,16 @@ def test_a_missing_entry_is_reported() -> None:
     del state["optimizer.exp_avg"]
     with pytest.raises(RuntimeError, match=r"Missing key.*optimizer\.exp_avg"):
         table.load_state_dict(state)
+
+
+def loads_what_one_rank_saved() -> None:
+    whole = ShardedTokenEmbedding(7, 3)
+    part = ShardedTokenEmbedding(7, 3, SSPGroup(dist.group.WORLD))
+    with pytest.raises(
+        RuntimeError, match=rf"weight has shape \(7, 3\), but rank {part.group.rank} of 2 holds \([34], 3\)"
+    ):
+        part.load_state_dict(whole.state_dict())
+
+
+def test_a_plain_state_dict_of_another_number_of_ranks_is_named(rank_pools: Any) -> None:
+    rank_pools(2).run(loads_what_one_rank_saved)

@@ -83,20 +83,20 @@ bool combines(const Problem& p) {
   return p.v_table == nullptr && rows > 0 && rows <= kMostRecordedRows && slice_of(p) > 0;
 }
 
-template <typename T, int kRows, int kBlock, int kSlice>
+template <int kRows, int kBlock, int kSlice>
 cudaError_t launch_combine(const Combine& c, cudaStream_t stream) {
   if constexpr (kSlice > kNarrowestSlice)
-    if (slice_of(c.p) < kSlice) return launch_combine<T, kRows, kBlock, kSlice / 2>(c, stream);
-  const auto kernel = combine_kernel<T, kRows, kBlock, kSlice>;
+    if (slice_of(c.p) < kSlice) return launch_combine<kRows, kBlock, kSlice / 2>(c, stream);
+  const auto kernel = combine_kernel<kRows, kBlock, kSlice>;
   const size_t bytes = Combine::shared_bytes(c.p, kSlice, c.row_slots);
   TA_RETURN_IF_ERROR(allow_shared(kernel, bytes));
   int resident = 1;
   TA_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kBlock, bytes));
-  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(T)), warps = kBlock / 32;
+  const int slices = c.p.heads_kv * Combine::slices(c.p, kSlice, sizeof(float)), warps = kBlock / 32;
   const int blocks = std::min((c.sums.blocks() + warps - 1) / warps, std::max(1, multiprocessors() * resident / slices));
   if (blocks > 0) kernel<<<dim3(blocks, slices), kBlock, bytes, stream>>>(c);
   TA_RETURN_IF_ERROR(cudaGetLastError());
-  return join_pieces<T>(c.sums, stream);
+  return join_pieces<float>(c.sums, stream);
 }
 
 template <int kRows, int kSlice>
@@ -164,8 +164,8 @@ cudaError_t launch_rows(BackwardParameters parameters, cudaStream_t stream) {
     if constexpr (sizeof(T) == 2)
       return parameters.row_slots <= 4 ? launch_walk<4, kWidestSlice>(c, sums) : launch_walk<8, kWidestSlice>(c, sums);
     else
-      return parameters.row_slots <= 4 ? launch_combine<T, 4, 768, kWidestSlice>(c, sums)
-                                       : launch_combine<T, 8, 512, kWidestSlice>(c, sums);
+      return parameters.row_slots <= 4 ? launch_combine<4, 768, kWidestSlice>(c, sums)
+                                       : launch_combine<8, 512, kWidestSlice>(c, sums);
   }
   TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dk_members, parameters.g.dk_table, stream));
   if (!kOneTable) TA_RETURN_IF_ERROR(sum_rows<T>(parameters, parameters.dv_members, parameters.g.dv_table, stream));

@@ -42,33 +42,33 @@ struct Coefficients {
   }
 };
 
-// sum += 16 bytes of a row times its coefficient
-__device__ __forceinline__ void add_piece(float (&sum)[4], uint4 piece, float by) {
-  sum[0] += __uint_as_float(piece.x) * by, sum[1] += __uint_as_float(piece.y) * by;
-  sum[2] += __uint_as_float(piece.z) * by, sum[3] += __uint_as_float(piece.w) * by;
+// sum += piece of a row times its coefficient
+__device__ __forceinline__ void add_piece(float4& sum, float4 piece, float by) {
+  sum.x += piece.x * by, sum.y += piece.y * by, sum.z += piece.z * by, sum.w += piece.w * by;
 }
 
-__device__ __forceinline__ void store_piece(float* to, const float (&x)[4]) { store_four(to, make_float4(x[0], x[1], x[2], x[3])); }
+__device__ __forceinline__ float4 piece_of_lane(float4 x, int lane) {
+  return make_float4(__shfl_sync(~0u, x.x, lane), __shfl_sync(~0u, x.y, lane), __shfl_sync(~0u, x.z, lane), __shfl_sync(~0u, x.w, lane));
+}
 
 // kRows: at least row_slots. kSlice: bytes of a row that a block holds, the narrower the more samples there are. grid (any, heads_kv * slices)
-template <typename T, int kRows, int kBlock, int kSlice>
-__global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
-  constexpr int kPieceLanes = kSlice / 16;     // lanes of a group, 16 bytes each
+template <int kRows, int kBlock, int kSlice>
+__global__ void __launch_bounds__(kBlock, 1) combine_kernel(const Combine c) {
+  constexpr int kColumns = 4;                  // of a lane: 16 bytes
+  constexpr int kPieceLanes = kSlice / 16;     // lanes of a group
   constexpr int kMembers = 32 / kPieceLanes;   // groups of a warp: each adds up members of its own
   constexpr int kRun = kSumPlaces / kMembers;  // places of a group, one after the other; a warp has as many as a block of Sums
-  extern __shared__ __align__(16) unsigned char bytes[];
-  constexpr int kColumns = 16 / int(sizeof(T));  // of a lane
+  extern __shared__ float4 pieces[];  // (samples, row_slots, q and dout, kPieceLanes)
   const Problem& p = c.p;
-  uint4* const pieces = reinterpret_cast<uint4*>(bytes);  // (samples, row_slots, q and dout, kPieceLanes)
-  const int slices = Combine::slices(p, kSlice, sizeof(T));
-  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kSlice / int(sizeof(T)));
+  const int slices = Combine::slices(p, kSlice, sizeof(float));
+  const int head_kv = blockIdx.y / slices, first_column = blockIdx.y % slices * (kPieceLanes * kColumns);
   for (int i = threadIdx.x; i < p.samples * c.row_slots * 2 * kPieceLanes; i += kBlock) {
     const int row = i / (2 * kPieceLanes) % c.row_slots, column = first_column + i % kPieceLanes * kColumns;
     const QueryRows rows(p, i / (2 * kPieceLanes) / c.row_slots, head_kv);
-    const T* const from = static_cast<const T*>(i / kPieceLanes % 2 == 0 ? p.q : c.g.dout);
-    uint4 piece = make_uint4(0, 0, 0, 0);
+    const auto* const from = static_cast<const float*>(i / kPieceLanes % 2 == 0 ? p.q : c.g.dout);
+    float4 piece{};
     if (row < rows.count && column < p.head_dim)
-      piece = *reinterpret_cast<const uint4*>(from + rows.index(p, row) * p.head_dim + column);
+      piece = *reinterpret_cast<const float4*>(from + rows.index(p, row) * p.head_dim + column);
     pieces[i] = piece;
   }
   __syncthreads();
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
   const int column = first_column + part * kColumns, at_column = head_kv * p.head_dim + column;
   const bool inside = column < p.head_dim;
   const int places = int(c.g.offsets[c.g.table]);
-  T* const to = static_cast<T*>(c.sums.to) + at_column;
+  float* const to = static_cast<float*>(c.sums.to) + at_column;
   const auto key_at = [&](int place) { return place >= 0 && place < places ? int(c.g.order[place]) : -1; };
   const auto record = [&](int key) {
     return c.records.pairs + (int64_t(key) * p.heads_kv + head_kv) * record_pairs(c.row_slots);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
   const int warps = gridDim.x * (kBlock / 32);
   for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile * kSumPlaces < places; tile += warps) {
     const int first = tile * kSumPlaces + group * kRun;
-    float sum[kColumns] = {}, before[kColumns] = {};  // before: of a row that began before the run
+    float4 sum{}, before{};  // before: of a row that began before the run
     bool began_before = false, spans = false, opens = false;
     int row_before = names_of(key_at(first - 1)).x;
     int key = key_at(first + part), key_next = key_at(first + kPieceLanes + part);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
         const int sample = __shfl_sync(~0u, names.y, s, kPieceLanes);
         const int row_next = __shfl_sync(~0u, last ? names_next.x : names.x, (s + 1) % kPieceLanes, kPieceLanes);
         if (row >= 0) {
-          const uint4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
+          const float4* const from = pieces + sample * c.row_slots * 2 * kPieceLanes + part;
 #pragma unroll
           for (int i = 0; i < kRows; ++i)
             if (const int r = i ^ int(swapped); r < c.row_slots) {
@@ -123,16 +123,12 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
           if (ends || cut) {
             opens = cut && !begun;
             if (begun) {
-              began_before = true, spans = cut, row_before = row;
-#pragma unroll
-              for (int i = 0; i < kColumns; ++i) before[i] = sum[i];
+              began_before = true, spans = cut, row_before = row, before = sum;
             } else if (ends && inside) {
-              store_piece(to + int64_t(row) * c.sums.width, sum);
+              store_four(to + int64_t(row) * c.sums.width, sum);
             }
             begun = false;
-            if (!opens)
-#pragma unroll
-              for (int i = 0; i < kColumns; ++i) sum[i] = 0.f;
+            if (!opens) sum = float4{};
           }
         }
         by = by_next, row = row_next;
@@ -145,33 +141,30 @@ __global__ void __launch_bounds__(kBlock) combine_kernel(const Combine c) {
     if ((with_before | with_open) == 0) continue;
     const uint32_t with_span = __ballot_sync(~0u, spans);
     bool under_way = false, began_here = false;
-    float total[kColumns] = {};
+    float4 total{};
     for (int g = 0; g < kMembers; ++g) {
       const int from = g * kPieceLanes + part;
       const uint32_t bit = 1u << (g * kPieceLanes);
       if (with_before & bit) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) total[i] += __shfl_sync(~0u, before[i], from);
+        add_piece(total, piece_of_lane(before, from), 1.f);
         const int row = __shfl_sync(~0u, row_before, from);
         under_way = with_span & bit;
         if (!under_way) {
           if (group == 0 && inside) {
             if (began_here)
-              store_piece(to + int64_t(row) * c.sums.width, total);
+              store_four(to + int64_t(row) * c.sums.width, total);
             else
-              store_piece(c.sums.piece(tile, 0) + at_column, total);
+              store_four(c.sums.piece(tile, 0) + at_column, total);
           }
-#pragma unroll
-          for (int i = 0; i < kColumns; ++i) total[i] = 0.f;
+          total = float4{};
         }
       }
       if (with_open & bit) {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) total[i] = __shfl_sync(~0u, sum[i], from);
+        total = piece_of_lane(sum, from);
         under_way = began_here = true;
       }
     }
-    if (under_way && group == 0 && inside) store_piece(c.sums.piece(tile, began_here ? 1 : 0) + at_column, total);
+    if (under_way && group == 0 && inside) store_four(c.sums.piece(tile, began_here ? 1 : 0) + at_column, total);
   }
 }
 

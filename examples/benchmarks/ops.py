@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from measuring import CubSort, Table, compiled_cub_sort, conditions
+from measuring import CubSort, Table, compiled_cub_sort, conditions, copy_bandwidth
 from torch import Tensor
 
 from ta_plugin import CapturedStep, UniqueSpace
@@ -70,16 +70,8 @@ def _median(works: list[Work], rounds: int) -> float:
     return statistics.median(times)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per microsecond, read and written, of a copy of 1 GiB: by the copy engine's memcpy or by a kernel, whichever is faster."""
-    a = torch.randn(2**28, device="cuda")
-    b = torch.empty_like(a)
-    ways: list[Work] = [lambda: b.copy_(a), lambda: torch.neg(a, out=b)]
-    return 2 * a.nbytes / min(microseconds([way]) for way in ways)
-
-
 class Operators:
-    """The table, and the bandwidth that its floors divide by."""
+    """The table, and the bandwidth, bytes per microsecond, that its floors divide by."""
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
@@ -195,10 +187,11 @@ def main() -> None:
     for name in operators():
         op = load_op(name, device="cuda")
         assert op.implementation == "compiled", op.reason
-    bandwidth = copy_bandwidth()
-    facts = [f"copy {bandwidth / 1e6:.2f} TB/s", f"{options.samples} samples, D={DIM}, Zipf 1.05 over {2**ID_BITS} ids"]
-    print(conditions(torch.device("cuda"), *facts))
-    table, cub = Operators(bandwidth), CubSort(options.cub or compiled_cub_sort())
+    device = torch.device("cuda")
+    rate = copy_bandwidth(device)
+    facts = [f"copy {rate / 1e12:.2f} TB/s", f"{options.samples} samples, D={DIM}, Zipf 1.05 over {2**ID_BITS} ids"]
+    print(conditions(device, *facts))
+    table, cub = Operators(rate / 1e6), CubSort(options.cub or compiled_cub_sort())
     with torch.no_grad():
         for length in options.lengths:
             inputs = [zipf(options.samples, length, 1.05, seed) for seed in range(2)]

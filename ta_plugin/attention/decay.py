@@ -27,7 +27,7 @@ class HeadDecay(nn.Module):
         if kind not in get_args(DecayKind):
             raise ValueError(f"decay is {kind!r}; pass 'none', 'alibi' or 'learned'")
         slopes = alibi_slopes(num_heads).chunk(parts)[part]
-        self.log_decay = nn.Parameter(slopes.log()) if kind == "learned" else None
+        self.log_decay = nn.Parameter(slopes.log().to(torch.get_default_dtype())) if kind == "learned" else None
         self.register_buffer("slopes", slopes if kind == "alibi" else None, persistent=False)
         self._fixed = slopes.tolist()
 
@@ -41,7 +41,7 @@ class HeadDecay(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HeadDecay:
         super()._apply(fn, recurse)
         if self.slopes is not None:  # moves with the module, but is not rounded with it
-            self.slopes = torch.tensor(self._fixed, device=self.slopes.device)
+            self.slopes = torch.tensor(self._fixed, dtype=torch.float32, device=self.slopes.device)
         return self
 
 
@@ -53,4 +53,4 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * n / power) for n in range(1, power + 1)]
     slopes += [2.0 ** (-4 * n / power) for n in range(1, 2 * (num_heads - power), 2)]
-    return torch.tensor(slopes, device=device)
+    return torch.tensor(slopes, dtype=torch.float32, device=device)

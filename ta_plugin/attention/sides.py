@@ -100,7 +100,8 @@ def target_weights(
     sides.check(normaliser)
     side = sides.bias if normaliser == "softmax" else sides.multiplier
     if side is None:
-        side = torch.full(visible.shape[:1], 0.0 if normaliser == "softmax" else 1.0, device=visible.device)
+        everywhere = 0.0 if normaliser == "softmax" else 1.0
+        side = torch.full(visible.shape[:1], everywhere, dtype=_wide_dtype(dtype), device=visible.device)
     side = _wide(side, dtype).unsqueeze(1)  # (M, 1) or (M, 1, H)
     mask = visible if side.dim() == 2 else visible.unsqueeze(-1)
     hidden = -torch.inf if normaliser == "softmax" else 0.0

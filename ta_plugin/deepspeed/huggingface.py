@@ -25,13 +25,15 @@ def tokenized_attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query (B, H, L, D), key and value (B, Hk, L, D) -> (B, L, H, D), None.
 
-    Modules that the block does not name, and layers under the same model that do not qualify, run transformers' own SDPA.
+    Modules that the block does not name, layers under the same model that do not qualify, and calls with a mask where the block names no
+    lengths run transformers' own SDPA.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     plan: TokenPlan | None = getattr(module, "_token_plan", None)
     grids = [x.transpose(1, 2) for x in (query, key, value)]
-    if plan is None or dropout or not all(plan.fits(grid) for grid in grids):
+    masked = attention_mask is not None and plan is not None and plan.lengths is None
+    if plan is None or dropout or masked or not all(plan.fits(grid) for grid in grids):
         fallback = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     plan.check_once(module, type(module).__name__, *grids)

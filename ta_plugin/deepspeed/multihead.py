@@ -35,9 +35,13 @@ class TokenizedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward; key_padding_mask is taken from the plan's lengths where the call is tokenized."""
+        """As nn.MultiheadAttention.forward; key_padding_mask is taken from the plan's lengths where the call is tokenized.
+
+        A mask where the plan has no lengths is one that the block does not know: such a call is not tokenized.
+        """
         x = query if self.batch_first or query.dim() != 3 else query.transpose(0, 1)
         ours = query is key and key is value and x.dim() == 3 and self._plan.fits(x)
+        ours = ours and (key_padding_mask is None or self._plan.lengths is not None)
         if not ours or need_weights or attn_mask is not None or is_causal or (self.training and self.dropout):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal

@@ -19,7 +19,8 @@ class TokenPlan:
     tokens:  name of the argument that holds ids (B, L) int64
     lengths: name of the argument that holds lengths (B,) or a mask (B, L) of valid slots; None: every slot is valid
     group:   whose ranks train together: what one of them finds wrong raises on all
-    verify:  the first time a module asks, check on every rank that equal tokens have equal hidden states
+    verify:  the first time a module asks, check on every rank that equal tokens have equal hidden states; where a rank evaluates
+             alone, it checks for itself
     row_multiple: modules run on a multiple of so many rows, spare ones included
     """
 
@@ -29,7 +30,8 @@ class TokenPlan:
         self.tokens, self.lengths, self.group, self.row_multiple = tokens, lengths, group, row_multiple
         self.space: UniqueSpace | None = None
         self.first_slots: Tensor | None = None
-        self._to_verify: set[int] | None = set() if verify else None
+        self._verified: set[int] | None = set() if verify else None
+        self._alone = False  # in a call of the followed model that others need not make
 
     def follow(self, model: nn.Module) -> None:
         """Rebuild the plan from every call of `model`.
@@ -51,7 +53,8 @@ class TokenPlan:
                 self.build(given.get(self.tokens), None if self.lengths is None else given.get(self.lengths))
             except ValueError as failure:
                 error = failure
-            if torch.is_grad_enabled():
+            self._alone = not torch.is_grad_enabled()
+            if not self._alone:
                 exchange_header(self.group, [], error)
             elif error is not None:
                 raise error
@@ -93,10 +96,12 @@ class TokenPlan:
         return space is not None and tuple(grid.shape[:2]) == (space.num_samples, space.padded_length)
 
     def check_once(self, module: nn.Module, name: str, *grids: Tensor) -> None:
-        """On a module's first call: every occurrence in grids (B, L, ...) equals its token's first one. Collective that time."""
-        if self._to_verify is None or id(module) in self._to_verify:
+        """On a module's first call: every occurrence in grids (B, L, ...) equals its token's first one. Collective that time.
+
+        Not collective, and not the first call, where a rank evaluates alone.
+        """
+        if self._verified is None or id(module) in self._verified:
             return
-        self._to_verify.add(id(module))
         assert self.space is not None
         error = None
         for grid in grids:
@@ -107,4 +112,8 @@ class TokenPlan:
                     f"equal tokens have different hidden states in {name}: positions, dropout or causal layers below make it "
                     "inexact; take it out of tokenized_attention.modules"
                 )
-        exchange_header(self.group, [], error)
+        if not self._alone:
+            self._verified.add(id(module))
+            exchange_header(self.group, [], error)
+        elif error is not None:
+            raise error

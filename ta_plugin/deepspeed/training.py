@@ -101,8 +101,9 @@ class TableTraining:
                 dist.broadcast(tensor, source, group=replicas)
 
     def _match_dtype(self) -> None:
-        """Rows stay in their own precision, their master copy; what leaves the table is in the engine's."""
+        """Rows stay in their own precision, their master copy; what leaves the table is in the engine's, and nothing reads it in place."""
         dtype = self._engine.get_data_types()[0]
-        if dtype != torch.float32:
-            for table in self._tables:
+        for table in self._tables:
+            if dtype not in (torch.float32, table.rows.dtype):
                 table.register_forward_hook(lambda module, inputs, rows: rows.to(dtype))
+                table.in_place = None  # type: ignore[assignment, method-assign]

@@ -155,7 +155,8 @@ class TokenizedModel(LanguageModule):
 
         labels: (B, L) int64, what each occurrence shall predict, negative for nothing. On the last stage -> losses (P,) fp32 of
                 the distinct (row, label) pairs, each times its number of occurrences; see `loss_function`
-        select: (B, L) bool, instead of labels -> logits (n, vocab / TP) of the selected occurrences, in order of (b, l)
+        select: (B, L) bool, instead of labels -> logits (n, vocab / TP) of the selected occurrences, in order of (b, l); what lies
+                past a length is none
         Neither, or another stage -> hidden states of the rows, (local, 1, hidden)
 
         rotary_pos_emb: for the stock layers of a mixed stack, instead of what rotary_base gives
@@ -253,7 +254,8 @@ class TokenizedModel(LanguageModule):
             )
         if not self.ends_in_positions:
             return space.inverse[space.pack(select)]
-        sample, place = select.nonzero(as_tuple=True)
+        inside = torch.arange(select.shape[1], device=select.device) < space.cu_occurrences.diff()[:, None]
+        sample, place = (select & inside).nonzero(as_tuple=True)
         return place * space.num_samples + sample
 
     def _output_layer(self, config: TransformerConfig) -> nn.Module:

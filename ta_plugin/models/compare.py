@@ -56,7 +56,7 @@ def compare(trainer: RecommenderTrainer, steps: int = 6) -> Comparison:
     for number, batch in enumerate(batches):
         logits: dict[str, Tensor] = {}
         for name, model in models.items():
-            exchange_header(trainer.group, [])  # ranks start together
+            exchange_header(trainer.everybody, [])  # ranks start together
             trainer.group.traffic.reset()
             in_use = _start_peak(trainer.group.device)
             started = time.perf_counter()
@@ -71,7 +71,7 @@ def compare(trainer: RecommenderTrainer, steps: int = 6) -> Comparison:
     rows = sum(_distinct_rows(trainer.tokens_of(batch), batch.lengths) for batch in batches[1:])
     scaled = [int(1e9 * difference), int(1e9 * largest), events, rows]
     scaled += [int(1e6 * seconds[n]) for n in models] + [sent[n] for n in models] + [peaks[n] for n in models]
-    ranks = exchange_header(trainer.group, scaled)
+    ranks = exchange_header(trainer.everybody, scaled)
     total = [sum(rank[i] for rank in ranks) for i in range(len(scaled))]
     worst = [max(rank[i] for rank in ranks) for i in range(len(scaled))]
     measured = [

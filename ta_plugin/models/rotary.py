@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ta_plugin.ops.connect import connect
 from ta_plugin.strategies import Halo
 from ta_plugin.unique_space import UniqueSpace
 
@@ -77,8 +78,8 @@ class RotaryAttention(nn.Module):
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, window: int) -> Tensor:
         count = q.shape[0]
         blocks = -(-count // window)  # a block of `window` queries sees itself and the block before
-        if blocks == 0:
-            return q
+        if blocks == 0:  # on one of several ranks: backward of what brought k and v must still run
+            return connect(q, k, v)
         padding = blocks * window - count
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)).view(blocks, window, *x.shape[1:]) for x in (q, k, v))
         k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x], 1) for x in (k, v))
@@ -117,7 +118,7 @@ class WindowCache:
     def prefill(self, space: UniqueSpace, k: Tensor, v: Tensor) -> None:
         """Take over a prompt's k, v (M, Hk, D)."""
         self.lengths = space.cu_occurrences.diff()
-        self._reserve(k, int(self.lengths.max()) if self.lengths.numel() else 0)
+        self._reserve(k, 0)
         assert self.keys is not None and self.values is not None
         sample, place = space.sample_of_occurrences(), space.positions()
         kept = place >= self.lengths[sample] - self.keys.shape[1]
@@ -127,7 +128,7 @@ class WindowCache:
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take k, v (B, Hk, D) of the next position -> keys, values (B, W, Hk, D) and which of them exist (B, W)."""
-        self._reserve(k, int(self.lengths.max()) + 1)
+        self._reserve(k, 1)
         assert self.keys is not None and self.values is not None
         width = self.keys.shape[1]
         sample = torch.arange(k.shape[0], device=k.device)
@@ -135,8 +136,12 @@ class WindowCache:
         self.lengths = self.lengths + 1
         return self.keys, self.values, torch.arange(width, device=k.device) < self.lengths[:, None]
 
-    def _reserve(self, k: Tensor, rows: int) -> None:
-        width = self.window or max(64, 1 << (rows - 1).bit_length())
+    def _reserve(self, k: Tensor, more: int) -> None:
+        """Room for `more` positions of each sample. Reads the device only where there is no window."""
+        width = self.window
+        if width is None:
+            rows = more + (int(self.lengths.max()) if self.lengths.numel() else 0)
+            width = max(64, 1 << (rows - 1).bit_length())
         if self.keys is None or self.values is None:
             self.keys, self.values = (k.new_zeros(self.lengths.numel(), width, *k.shape[1:]) for _ in range(2))
         elif self.keys.shape[1] < width:

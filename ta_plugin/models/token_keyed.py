@@ -76,7 +76,15 @@ class TokenKeyedAttention(nn.Module):
     def over_ranks(self, hidden: Tensor, rows: Tensor, plan: CausalRows) -> Tensor:
         """hidden (M, dim) of this rank's pieces of a sequence and rows (U_n, token_dim) of the tokens it owns -> (M, dim). Collective."""
         k, v = self.keys_and_values(rows, plan.owned.space.tokens)
-        out, _ = causal_over_ranks(plan, self._queries(hidden), k, v, decay=self.decay(), backend=self.backend)
+        out, _ = causal_over_ranks(
+            plan,
+            self._queries(hidden),
+            k,
+            v,
+            decay=self.decay(),
+            deterministic=self.deterministic,
+            backend=self.backend,
+        )
         return self.output(out.flatten(1))
 
     def step(self, hidden: Tensor, rows: Tensor, cache: LayerRows) -> Tensor:

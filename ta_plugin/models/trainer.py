@@ -51,6 +51,8 @@ class RecommenderTrainer:
         self.model = SequenceRecommender(config, self.table, group=self.group, nranks=self.group.size).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
         world = self.group.data_parallel_size
+        # the SSP ranks and their replicas: who trains together
+        self.everybody = self.group if world == 1 else SSPGroup(dist.group.WORLD, device=device)
         self.batches = HistoryBatches(
             interactions,
             batch_size=config.batch_size,
@@ -75,7 +77,7 @@ class RecommenderTrainer:
     def train_step(self, step: int, stop: bool = False) -> tuple[float, bool]:
         """One update. Returns the mean loss over all ranks of the *previous forward*, and whether any rank asked to stop."""
         batch = self.batch(step)
-        announced = exchange_header(self.group, [int(stop), int(batch.weights.sum())])
+        announced = exchange_header(self.everybody, [int(stop), int(batch.weights.sum())])
         loss = self.loss(batch, float(max(1, sum(weight for _, weight in announced))))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -76,10 +76,10 @@ def create_ssp_group(size: int, *, device: torch.device | str | None = None) -> 
         raise ValueError(f"size is {size}, which does not divide the {world} ranks; choose one of {sizes}")
     mine: list[ProcessGroup | None] = [None, None]
     blocks = [list(range(first, first + size)) for first in range(0, world, size)]
-    strides = [list(range(first, world, size)) for first in range(size)]
+    strides = [list(range(first, world, size)) for first in range(size)] if size < world else []
     for slot, rank_lists in enumerate((blocks, strides)):
         for ranks in rank_lists:  # every rank creates every group, in one order
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 mine[slot] = group
-    return SSPGroup(mine[0], replicas=mine[1] if world > size else None, device=device)
+    return SSPGroup(mine[0], replicas=mine[1], device=device)

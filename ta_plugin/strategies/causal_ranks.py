@@ -87,7 +87,7 @@ class CausalRows:
         where = zigzag(group.size) if places is None else [tuple(p) for p in places]
         pieces = max((len(p) for p in where), default=0)
         error: ValueError | None = None
-        if len(where) != group.size or sorted(chain(*where)) != list(range(group.size * pieces)):
+        if len(where) != group.size or pieces == 0 or sorted(chain(*where)) != list(range(group.size * pieces)):
             error = ValueError(
                 f"places are {where}; pass {group.size} lists of equal length that hold each of 0 .. N * P - 1 once"
             )
@@ -187,8 +187,9 @@ def causal_over_ranks(
     decayed = None if decay is None else _decayed_before(plan, decay.to(wide))
     before = []
     for piece, prefix in enumerate(plan.prefixes):
-        bounds = reader.cu_occurrences[piece * batch : (piece + 1) * batch + 1]
-        first, last = int(bounds[0]), int(bounds[-1])
+        samples = slice(piece * batch, (piece + 1) * batch + 1)
+        bounds, known = reader.cu_occurrences[samples], reader.host_bounds[0][samples]
+        first, last = known[0], known[-1]
         weight = prefix.counts.to(wide).log() if decayed is None else decayed[:, piece].index_select(0, prefix.rows)
         before.append(
             weighted_attention(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ta_plugin.embedding import EmbeddingFn, embed_owned, vocab_size_of
+from ta_plugin.embedding import EmbeddingFn, embed_owned, reads_in_place, vocab_size_of
 from ta_plugin.ops import Segments, segment_sum
 from ta_plugin.ops.target import RowsInPlace
 from ta_plugin.strategies.modules import AttentionModules
@@ -80,7 +80,7 @@ def read_rows(ids: Tensor, modules: AttentionModules) -> Tensor | None:
 
 def _offers_rows(fn: EmbeddingFn) -> bool:
     """Whether rows are read in place: where ids can be checked before, since a wrong one would read some row in silence."""
-    return hasattr(fn, "in_place") and vocab_size_of(fn) is not None
+    return reads_in_place(fn) and vocab_size_of(fn) is not None
 
 
 def _record(distinct: UniqueSpace, modules: AttentionModules, name: str) -> Record | None:

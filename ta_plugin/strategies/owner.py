@@ -74,8 +74,8 @@ def _owned_rows(request: Request, modules: AttentionModules, dtype: torch.dtype,
     weights = RowWeights.fold(space, request.sides, normaliser, dtype)
     weight = weights.weight
     if weight is None and request.any_repeats:  # what one rank sends, every rank sends
-        weight = torch.full((space.num_rows,), 0.0 if normaliser == "softmax" else 1.0, device=space.tokens.device)
-        weight = weight.to(torch.promote_types(dtype, torch.float32))
+        everywhere, wide = 0.0 if normaliser == "softmax" else 1.0, torch.promote_types(dtype, torch.float32)
+        weight = torch.full((space.num_rows,), everywhere, dtype=wide, device=space.tokens.device)
     if modules.group.size == 1:
         return _keys(space, RowWeights(weight, weights.term), modules, early)
     route = _route(space.tokens, space.cu_seqlens, request, modules)

@@ -127,7 +127,7 @@ def _attend_embeddings(
         table, rows = as_heads(owned.in_place[0], heads, "embedding"), owned.in_place[1]
         (q,) = one_dtype(q, table)
         if _gathers(scoring, q, table, None, keys, cutoffs):
-            return _attend(scoring, q, targets, table, None, keys, cutoffs, rows)
+            return _attend_gathered(scoring, q, targets, table, None, rows, keys, cutoffs)
     return _attend(scoring, q, targets, as_heads(keys.table, heads, "embedding"), None, keys, cutoffs)
 
 
@@ -139,26 +139,13 @@ def _attend(
     v_table: Tensor | None,
     keys: Keys,
     cutoffs: Cutoffs | None,
-    rows: RowsInPlace | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Queries onto table rows (G, Hk, D), gathered by a kernel where one covers the call, else written out per key.
-
-    rows: of a table that is read in place, where a kernel covers the call
-    """
+    """Queries onto table rows (G, Hk, D), gathered by a kernel where one covers the call, else written out per key."""
     space = keys.space
     q, *values = one_dtype(q, k_table, *([] if v_table is None else [v_table]))
     v_table = values[0] if values else None
-    if rows is not None or _gathers(scoring, q, k_table, v_table, keys, cutoffs):
-        weight, q_chunk = keys.weights.weight, None
-        if cutoffs is not None:
-            visible = cutoffs.positions[:, None] < cutoffs.cutoffs[space.sample_of_occurrences()]
-            weight, _ = target_weights(space, cutoffs.sides, visible, scoring.normaliser, q.dtype)
-            q_chunk = targets.index
-        return target_attention(
-            q, k_table, v_table, rows or keys.rows(), targets.cu_seqlens, space.cu_seqlens, weight,
-            scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
-            max_seqlen_q=targets.width, return_lse=True,
-        )  # fmt: skip
+    if _gathers(scoring, q, k_table, v_table, keys, cutoffs):
+        return _attend_gathered(scoring, q, targets, k_table, v_table, keys.rows(), keys, cutoffs)
     if space.end is not None and q.is_cuda:
         raise ValueError(
             "row_bound is given, but the sizes would visit the host: no kernel of target_attention covers the call "
@@ -174,6 +161,29 @@ def _attend(
             k, v, weights = k[:end], v[:end], RowWeights(weights.weight[:end], None)
         return attend_rows(scoring, q, targets.cu_seqlens, k, v, weights, space.cu_seqlens)
     return attend_before(scoring, q, targets, cutoffs.cutoffs, k, v, space, cutoffs.sides, cutoffs.positions)
+
+
+def _attend_gathered(
+    scoring: Scoring,
+    q: Tensor,
+    targets: PackedTargets,
+    k_table: Tensor,
+    v_table: Tensor | None,
+    rows: Segments | RowsInPlace,
+    keys: Keys,
+    cutoffs: Cutoffs | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Queries onto the table rows that a kernel gathers: `rows` of each row of the space."""
+    space, weight, q_chunk = keys.space, keys.weights.weight, None
+    if cutoffs is not None:
+        visible = cutoffs.positions[:, None] < cutoffs.cutoffs[space.sample_of_occurrences()]
+        weight, _ = target_weights(space, cutoffs.sides, visible, scoring.normaliser, q.dtype)
+        q_chunk = targets.index
+    return target_attention(
+        q, k_table, v_table, rows, targets.cu_seqlens, space.cu_seqlens, weight,
+        scale=scoring.scale, normaliser=scoring.normaliser, activation=scoring.activation, q_chunk=q_chunk,
+        max_seqlen_q=targets.width, return_lse=True,
+    )  # fmt: skip
 
 
 def _gathers(

@@ -35,6 +35,18 @@ def test_learned_decays_start_from_alibi_which_moves_with_its_module_and_is_not_
     assert not HeadDecay("alibi", 12).state_dict()
 
 
+def test_slopes_are_float32_whatever_the_default_dtype() -> None:
+    expected = alibi_slopes(12)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [alibi_slopes(12), HeadDecay("alibi", 12)(), HeadDecay("alibi", 12).double()()]
+        learned = HeadDecay("learned", 12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(x.dtype == torch.float32 and torch.equal(x, expected) for x in found)
+    assert learned.log_decay is not None and learned.log_decay.dtype == torch.bfloat16  # as any parameter
+
+
 @pytest.mark.parametrize("kind", ["alibi", "learned"])
 def test_parts_are_the_heads_of_their_ranks(kind: str) -> None:
     parts = [HeadDecay(kind, 12, part=part, parts=3)() for part in range(3)]

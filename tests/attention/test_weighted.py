@@ -99,6 +99,31 @@ def test_scale_is_a_keyword(backend: str) -> None:
     torch.testing.assert_close(weighted_attention(**call, backend=backend), by_loops(call)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_sdpa_with_a_scale_that_is_not_positive_equals_reference(scale: float, chunks: int) -> None:
+    call = tensors(Problem(((4, 5), (2, 7)), chunks=chunks), torch.float32, dim=8) | {"scale": scale}
+    compare(call, weighted_attention(**call, return_lse=True, backend="reference"), "sdpa", 2e-5)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weight", ["none", "shared"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_does_not_matter(backend: str, weight: str, default: torch.dtype) -> None:
+    problem = Problem(((4, 4), (2, 2)), weight=weight, chunks=2, prefix=True, causal=True)
+    call = tensors(problem, torch.float32, dim=8)
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            found = weighted_attention(**call, return_lse=True, backend=backend)
+            results.append([*found, *gradients(*found, call)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=0)  # and of one dtype
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_up_to_log_ten_million(backend: str, dtype: torch.dtype) -> None:

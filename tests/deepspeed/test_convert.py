@@ -92,6 +92,48 @@ def test_positions_below_are_an_error_on_every_rank(engines_on: Any) -> None:
     assert all("rank 1 of 2: equal tokens have different hidden states" in message for message in messages)
 
 
+def evaluates_alone_first(positions: bool) -> list[str]:
+    block = {"modules": ["layers.*.self_attn"], "tokens": "ids", "lengths": "lengths"}
+    model = Encoder(positions=positions)
+    engine = build_engine(model, Setup(block=block))
+    ids, lengths = torch.zeros(3, LENGTH, dtype=torch.int64), torch.full((3,), LENGTH)
+    raised = []
+    for alone in (True, False):
+        if alone and dist.get_rank() == 0:
+            continue
+        try:
+            with torch.set_grad_enabled(not alone):
+                (model if alone else engine)(ids, lengths)
+        except ValueError as error:
+            raised.append(str(error))
+    engine.destroy()
+    return raised
+
+
+def test_a_rank_that_evaluates_alone_checks_alone(engines_on: Any) -> None:
+    assert engines_on(2).run(evaluates_alone_first, False) == [[], []]
+    what = "equal tokens have different hidden states"
+    (together,), (alone, also_together) = engines_on(2).run(evaluates_alone_first, True)
+    assert alone.startswith(what)
+    assert together == also_together and together.startswith(f"rank 0 of 2: {what}")
+
+
+def masks_without_lengths() -> None:
+    torch.manual_seed(3)
+    model = Encoder()
+    plain = copy.deepcopy(model)
+    engine = build_engine(model, Setup(block={"modules": ["layers.*.self_attn"], "tokens": "ids"}))
+    assert len(engine.tokenized_attention.conversion.changed) == 2
+    ids, lengths, *_ = batch(0, dist.get_rank())
+    lengths = lengths.clamp(min=1, max=LENGTH - 1)
+    torch.testing.assert_close(engine(ids, lengths), plain(ids, lengths))
+    engine.destroy()
+
+
+def test_a_mask_that_the_block_does_not_name_is_heeded(engines_on: Any) -> None:
+    engines_on(2).run(masks_without_lengths)
+
+
 BAD_GRIDS = {
     "ids is torch.int32": lambda ids, mask: (ids.int(), mask),
     f"ids has shape (3, {LENGTH}, 1)": lambda ids, mask: (ids[..., None], mask),

@@ -12,7 +12,7 @@ from engines import VOCAB, Setup, build_engine
 pytest.importorskip("transformers")
 
 
-def encoder_equals_sdpa() -> None:
+def encoder_equals_sdpa(named: bool) -> None:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -29,7 +29,8 @@ def encoder_equals_sdpa() -> None:
     model.embeddings.position_embeddings.weight.data.zero_()
     model.embeddings.position_embeddings.weight.requires_grad_(False)  # no positions: what makes it exact
     plain = copy.deepcopy(model)
-    block = {"modules": ["encoder.layer.*.attention.self"], "tokens": "input_ids", "lengths": "attention_mask"}
+    block = {"modules": ["encoder.layer.*.attention.self"], "tokens": "input_ids"}
+    block |= {"lengths": "attention_mask"} if named else {}
     engine = build_engine(model, Setup(size=1, sgd=True, block=block))
     assert len(engine.tokenized_attention.conversion.changed) == 2, str(engine.tokenized_attention.conversion)
     ids = torch.randint(0, 5, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -46,5 +47,6 @@ def encoder_equals_sdpa() -> None:
     engine.destroy()
 
 
-def test_an_encoder_equals_sdpa(engines_on: Any) -> None:
-    engines_on(2).run(encoder_equals_sdpa)
+@pytest.mark.parametrize("named", [True, False], ids=["", "lengths not named"])
+def test_an_encoder_equals_sdpa(engines_on: Any, named: bool) -> None:
+    engines_on(2).run(encoder_equals_sdpa, named)

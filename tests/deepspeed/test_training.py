@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import (
+    PART,
     SIZES,
     WORLD,
     Model,
@@ -86,9 +87,11 @@ def test_the_engines_norm_is_the_dense_models(engines_on: Any, stage: int) -> No
     engines_on(WORLD).run(norm_counts_rows, Setup(stage=stage, clip=1e3, steps=1))
 
 
-def trains_in_bf16(setup: Setup) -> None:
+def trains_in_bf16(setup: Setup, absorbs: bool = False) -> None:
     model, dense = build_models()
     engine = build_engine(model, setup)
+    if absorbs:  # as it would at larger sizes
+        model.attention.projections.absorption_pays = lambda *sizes: True
     expected = train_dense(dense, setup, world=dist.get_world_size())
     losses = train_engine(engine, setup)
     assert model.attention.embedding_fn.rows.dtype == torch.float32
@@ -101,6 +104,11 @@ def trains_in_bf16(setup: Setup) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_follows_the_dense_model(engines_on: Any, stage: int) -> None:
     engines_on(WORLD).run(trains_in_bf16, Setup(stage=stage, bf16=True, clip=0.5))
+
+
+@pytest.mark.parametrize(("size", "absorbs"), [(1, False), (1, True), (PART, True)])
+def test_bf16_reads_no_row_in_place_that_is_of_another_dtype(engines_on: Any, size: int, absorbs: bool) -> None:
+    engines_on(WORLD).run(trains_in_bf16, Setup(stage=1, size=size, bf16=True, clip=0.5), absorbs)
 
 
 def bf16_with_fp32_accumulation() -> None:

@@ -96,7 +96,9 @@ def selected_logits(layout: Layout) -> tuple[Tensor, Tensor]:
         run = build(layout, groups)
         tokens, lengths, _ = microbatch(layout.sizes, 0, 1)
         last = torch.arange(tokens.shape[1]) == lengths[:, None] - 1
-        mine = run.chunks[0](tokens, lengths, select=last)
+        past = torch.arange(tokens.shape[1]) >= lengths[:, None]
+        assert past.any()
+        mine = run.chunks[0](tokens, lengths, select=last | past)
         dense = DenseModel(layout.sizes, layout.tokenized_layers if layout.causal_top else None)
         expected = (dense.hidden(tokens, lengths)[0] @ dense.p["output_layer.weight"].T)[last]
         return mine.detach(), expected.detach().float()

@@ -107,6 +107,7 @@ def test_ranks_equal_one_rank(rank_pools: Pools, ranks: int) -> None:
         replace(case, sizes=tuple(n[:ranks] for n in case.sizes), contiguous=True),
         replace(case, config=replace(learned, global_every=1, window=None)),
         replace(case, config=replace(CONFIG, window=1), sizes=((0,) * (2 * ranks), (0,) * ranks + (4,) * ranks)),
+        replace(case, sizes=((4, *(0,) * (2 * ranks - 2), 3),)),  # rank 0 reads everything
     ]
     for each in cases:
         (rank_pools(ranks).run(check, each) if ranks > 1 else check(each))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from small_interactions import write_interactions
 from torch import nn
 
-from ta_plugin import SSPGroup, UniqueSpace
+from ta_plugin import SSPGroup, UniqueSpace, create_ssp_group
 from ta_plugin.data.interactions import load_interactions
 from ta_plugin.models.compare import compare
 from ta_plugin.models.recommender import RecommenderConfig, SequenceRecommender, last_events
@@ -135,6 +135,25 @@ def test_stopping_and_resuming_loses_nothing(rank_pools: Any, inter: Path, tmp_p
         assert all(torch.equal(model[name], model_again[name]) for name in model)
         assert torch.equal(table, table_again)
     assert [p.name for p in (tmp_path / "parts").glob("step_*")] == ["step_00000006"]
+
+
+def trained_in_groups(path: str, folder: str, size: int) -> tuple[list[float], bool, int, float]:
+    """Losses, whether training finished though rank 1 alone asked to stop at update 4, updates done, and tokens per second."""
+    trainer, stop = trainer_for(path, create_ssp_group(size)), StopAfter(4 if dist.get_rank() == 1 else None)
+    log, finished = train(
+        trainer, 6, Path(folder), resume=False, evaluate_every=100, save_every=1000,
+        stop_requested=stop.requested, on_step=stop.on_step,
+    )  # fmt: skip
+    return [row["loss"] for row in log], finished, stop.done, compare(trainer, 1).tokenized.tokens_per_second
+
+
+def test_replicas_train_together(rank_pools: Any, inter: Path, tmp_path: Path) -> None:
+    """SSP groups smaller than the world: the same losses, one end, and one count."""
+    together, apart = (rank_pools(4).run(trained_in_groups, str(inter), str(tmp_path / str(n)), n) for n in (4, 2))
+    for one, other in zip(together, apart, strict=True):
+        assert other[0] == pytest.approx(one[0], rel=1e-4) and len(one[0]) == 4
+        assert one[1:3] == other[1:3] == (False, 4)
+    assert len({each[3] for each in apart}) == 1
 
 
 def test_training_learns_and_compares(inter: Path) -> None:

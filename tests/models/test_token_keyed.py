@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ta_plugin import UniqueSpace
+from ta_plugin import SSPGroup, UniqueSpace
 from ta_plugin.attention import CausalChunks
+from ta_plugin.models import token_keyed
 from ta_plugin.models.decode_cache import DecodeCache
 from ta_plugin.models.mixed_decoder import MixedDecoder, MixedDecoderConfig
-from ta_plugin.models.rotary import RotaryAttention
+from ta_plugin.models.rotary import RotaryAttention, WindowCache
 from ta_plugin.models.token_keyed import TokenKeyedAttention
+from ta_plugin.routing import HashOwners
+from ta_plugin.strategies import CausalRows, causal_over_ranks, pieces_of
 
 
 def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
@@ -129,6 +134,36 @@ def test_decoding_goes_on_after_a_prompt() -> None:
                 got = model.step(torch.stack([a[first + i], b[second + i]]), cache)
                 torch.testing.assert_close(got[0], expected[0][first + i], rtol=1e-10, atol=1e-10)
                 torch.testing.assert_close(got[1], expected[1][second + i], rtol=1e-10, atol=1e-10)
+
+
+def test_a_windows_cache_is_no_business_of_the_hosts() -> None:
+    meta = torch.device("meta")
+    cache, new = WindowCache(2, 4, meta), torch.empty(2, 1, 8, device=meta)
+    keys, values, seen = cache.append(new, new)
+    assert keys.shape == values.shape == (2, 4, 1, 8) and seen.shape == (2, 4)
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_decoding_no_samples(window: int | None) -> None:
+    model = MixedDecoder(MixedDecoderConfig(30, dim=32, num_layers=2, num_heads=2, global_every=2, window=window))
+    none = torch.zeros(0, dtype=torch.int64)
+    caches = model.cache(0)
+    assert model.step(none, caches).shape == model.step(none, caches).shape == (0, 30)
+
+
+def test_the_layers_options_reach_attention_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    reader = pieces_of(torch.arange(4).view(1, 2, 2), torch.full((1, 2), 2))
+    plan = CausalRows.of(reader, HashOwners(1), SSPGroup(None))
+
+    def spy(*args: Any, **options: Any) -> Any:
+        given.update(options)
+        return causal_over_ranks(*args, **options)
+
+    monkeypatch.setattr(token_keyed, "causal_over_ranks", spy)
+    layer = TokenKeyedAttention(16, 2, decay="alibi", deterministic=False, backend="reference")
+    layer.over_ranks(torch.randn(4, 16), torch.randn(4, 16), plan)
+    assert given["deterministic"] is False and given["backend"] == "reference" and given["decay"] is not None
 
 
 def test_mixed_stack_is_causal_and_learns() -> None:

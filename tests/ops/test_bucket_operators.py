@@ -139,12 +139,23 @@ def test_what_arrives_is_brought_together_and_its_gradient_goes_back(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "n", "samples"), [(1, 1, 1), (2, 70_001, 5), (7, 300_000, 256), (1000, 50_000, 3), (3, 5000, 3000)]
+    ("ranks", "n", "samples", "behind"),
+    [
+        (1, 1, 1, 0),
+        (2, 70_001, 5, 1000),
+        (7, 300_000, 256, 0),
+        (1000, 50_000, 3, 7),
+        (3, 5000, 3000, 0),
+        (3, 4096, 2, 0),  # ends where a tile of the kernel ends
+        (2, 600_000, 3, 5),  # more tiles than a block scans at once
+    ],
 )
-def test_kernels_equal_the_torch_form(device: str, ranks: int, n: int, samples: int) -> None:
+def test_kernels_equal_the_torch_form(device: str, ranks: int, n: int, samples: int, behind: int) -> None:
+    """behind: items behind the samples."""
     g = torch.Generator(device).manual_seed(n)
     owner = torch.randint(0, ranks, (n,), generator=g, device=device)
-    ends = torch.randint(0, n + 1, (samples,), generator=g, device=device).sort().values
+    ends = torch.randint(0, n - behind + 1, (samples,), generator=g, device=device).sort().values
+    ends[-1] = n - behind
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     for bound in (n, n // ranks // 2 + 1):
         if ranks * bound >= 2**31:

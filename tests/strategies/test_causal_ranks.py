@@ -192,6 +192,16 @@ def test_what_is_wrong_on_one_rank_raises_on_both(rank_pools: Any) -> None:
     assert "ranks differ in samples or places" in first[2]
 
 
+def test_places_hold_at_least_one_piece() -> None:
+    with pytest.raises(ValueError, match=r"places are \[\(\)\]; pass 1 lists of equal length"):
+        CausalRows.of(
+            pieces_of(torch.zeros(1, 2, 3, dtype=torch.int64), torch.full((1, 2), 3)),
+            HashOwners(1),
+            SSPGroup(None),
+            [()],
+        )
+
+
 def test_zigzag_balances_prefixes() -> None:
     assert zigzag(4) == [(0, 7), (1, 6), (2, 5), (3, 4)]
     assert {sum(places) for places in zigzag(8)} == {15}

@@ -9,6 +9,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from ta_plugin import ShardedTokenEmbedding, SSPGroup, TokenizedAttention
 from ta_plugin.beside import Beside
 from ta_plugin.embedding import SharedEmbedding
 from ta_plugin.ops import load_op
+from ta_plugin.routing import HashOwners, PermutedRows
+from ta_plugin.strategies.in_place import OwnedTable
 
 B, L, T, V, E, H = 4, 30, 2, 60, 64, 2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -124,6 +127,9 @@ def test_frozen_and_shared_tables_and_no_gradients() -> None:
     model.embedding_fn = SharedEmbedding(table.table)
     model(**batch("cpu")).sum().backward()
     assert table.table.holds_gradients
+    assert OwnedTable.of(batch("cpu")["tokens"][0], None, model._parts()).in_place is not None
+    table.table.in_place = None  # taken away later, as an engine of another dtype does
+    assert OwnedTable.of(batch("cpu")["tokens"][0], None, model._parts()).in_place is None
 
 
 def test_queries_without_gradients_leave_the_rows_theirs() -> None:
@@ -183,3 +189,56 @@ def test_a_wrong_id_is_refused_where_the_embedding_does_not_say_its_vocab_size(
     given[what][0, 1] = V + 3
     with pytest.raises(ValueError, match=rf"is {V + 3}, but vocab_size is {V}"):
         model(**given)
+
+
+class Nameless:
+    """Reads in place, and does not say who owns what."""
+
+    def __init__(self, table: ShardedTokenEmbedding) -> None:
+        self.table, self.vocab_size = table, V
+        self.in_place, self.record = table.in_place, table.record
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+def refused_without_owners() -> list[str]:
+    group, raised = SSPGroup(dist.group.WORLD), []
+    sharded = Nameless(ShardedTokenEmbedding(V, E, group))
+    alone = TokenizedAttention(B, L, 1, Nameless(ShardedTokenEmbedding(V, E)), group=SSPGroup(None))
+    for fails in (lambda: TokenizedAttention(B, L, group.size, sharded, group=group), lambda: alone.regroup(group)):
+        with pytest.raises(ValueError, match="with in_place and without owner_of, on 2 ranks") as caught:
+            fails()
+        raised.append(str(caught.value))
+    return raised
+
+
+def test_reading_in_place_on_several_ranks_needs_owners(rank_pools: Any) -> None:
+    first, second = rank_pools(2).run(refused_without_owners)
+    assert first == second and all("HashOwners(2).owner_of" in text for text in first)
+
+
+def whole_table_on_every_rank(bounds: dict[str, int]) -> None:
+    assert load_op("target_attention", device="cpu").implementation == "compiled"
+    group = SSPGroup(dist.group.WORLD)
+    given, found = batch("cpu", group.rank), []
+    for ranks, owners in ((1, PermutedRows(V, 1)), (group.size, HashOwners(group.size))):
+        torch.manual_seed(0)
+        table = Counted(ShardedTokenEmbedding(V, E), True)
+        table.owner_of = owners.owner_of
+        among = group if ranks > 1 else SSPGroup(None)
+        model = TokenizedAttention(B, L, ranks, table, group=among, num_heads=H, strategy="owner", **bounds)
+        out = model(**given)
+        out.square().sum().backward()
+        dense = torch.zeros(V, E)
+        for rows, grad in table.table.take_recorded():
+            dense.index_add_(0, rows, grad)
+        dist.all_reduce(dense)
+        found.append((out.detach(), dense))
+    for ours, exact in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"row_bound": B * L}], ids=["", "bounded"])
+def test_a_table_that_every_rank_holds_whole_is_owned_by_hash(rank_pools: Any, bounds: dict[str, int]) -> None:
+    rank_pools(2).run(whole_table_on_every_rank, bounds)

@@ -101,7 +101,7 @@ def _causal_runs(
     if k_visible is not None:
         place = key - (starts[:-1] - before).repeat_interleave(length, output_size=q.shape[0])
         hidden = place >= k_visible[row]
-        own = torch.zeros(q.shape[0], device=device) if own is None else own
+        own = torch.zeros(q.shape[0], dtype=torch.float32, device=device) if own is None else own
         own = own.masked_fill(hidden if own.dim() == 1 else hidden[:, None], -torch.inf)
     options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
     inside = hopper_attention(kernels, q, k, v, own, starts.int(), starts.int(), causal=True, **options)

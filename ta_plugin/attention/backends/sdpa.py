@@ -34,6 +34,8 @@ def sdpa_attention(
 
     With `runs` each run is a call of its own, on views of its sample's first keys.
     """
+    if scale == 0:  # the gradient of weights is divided by it
+        q, scale = q * 0, 1.0
     if runs is None:
         return over_buckets(_Flash.apply, q, k, v, log_weight, cu_seqlens_q, cu_seqlens_k, scale, causal)
     spans = list(_spans(runs, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), k_visible, causal))
@@ -78,7 +80,7 @@ class _FlashRuns(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, spans: list[_Span], scale: float
     ) -> tuple[Tensor, Tensor]:
         out = q.new_zeros(*q.shape[:2], v.shape[2])
-        lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
         for span in spans:
             ks, vs, mask, keyless = _seen(span, k, v, weight)
             one_out, one_lse = _attend(q[span.q0 : span.q1][None], ks[None], vs[None], mask, keyless, scale, False)
@@ -95,7 +97,8 @@ class _FlashRuns(torch.autograd.Function):
             return (None,) * 6
         dout = torch.zeros_like(out) if dout is None else dout
         need_dweight = weight is not None and ctx.needs_input_grad[3]
-        dq, dk, dv = torch.zeros_like(q), torch.zeros(k.shape), torch.zeros(v.shape)  # sums over spans in float32
+        dq = torch.zeros_like(q)
+        dk, dv = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))  # sums over spans
         dweight = torch.zeros_like(weight) if need_dweight else None
         for span in ctx.spans:
             rows, keys = slice(span.q0, span.q1), slice(span.k0, span.k1)
@@ -143,7 +146,7 @@ def _seen(
     if span.place is not None:
         last = torch.arange(span.place, span.place + queries)[:, None]
         later = torch.arange(span.k1 - span.k0) > last
-        mask = torch.zeros(1, 1, *later.shape) if mask is None else mask
+        mask = torch.zeros(1, 1, *later.shape, dtype=torch.float32) if mask is None else mask
         mask = mask.masked_fill(later, -torch.inf)
         if keyless is not None:
             keyless = (mask == -torch.inf).all(-1)
