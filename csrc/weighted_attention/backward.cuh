@@ -8,79 +8,9 @@
 // with kRepeatable, in a fixed one (backward_turns.cuh).
 #pragma once
 
-#include "backward_rows.cuh"
-#include "backward_shares.cuh"
-#include "backward_turns.cuh"
-#include "pipeline.cuh"
+#include "backward_dq.cuh"
 
 namespace weighted_attention {
-
-struct BackwardParameters {
-  Sequences sequences;
-  Plan plan;  // tiles of kKeys keys
-  RowWorkspace rows;
-  Parts parts;
-  const float* log_weight;
-  int64_t weight_stride_chunk, weight_stride_key, weight_stride_head;
-  void* dk;
-  void* dv;
-  float* dlog_weight;
-  int keys, heads, heads_kv;
-  int rows_together;  // find_tile_abreast
-  float scale;
-
-  __device__ __forceinline__ int64_t weight_place(int chunk, int key, int head) const {
-    return chunk * weight_stride_chunk + key * weight_stride_key + head * weight_stride_head;
-  }
-};
-
-// A run of a block's walk over queries: one head of one chunk.
-struct alignas(16) QueryRun {
-  int row, queries;  // first row to visit, and number of rows, of the chunk
-  int workspace;     // tile of kQueries rows in the workspaces where the chunk begins; -1: the walk is over
-  int chunk, head;
-  bool new_weights;  // the keys' weights differ from those of the run before
-};
-
-template <typename T_, int kHeadDim_, bool kRepeatable_, bool kWeightGradient_, bool kCausal_>
-struct BackwardShape {
-  using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kRepeatable = kRepeatable_;
-  static constexpr bool kWeightGradient = kWeightGradient_;
-  static constexpr bool kCausal = kCausal_;
-  static constexpr int kKeys = 128;
-  static constexpr int kQueries = queries_of_step(kHeadDim);
-  // Steps of 16 columns of V that stay in registers.
-  static constexpr int kHeldV = kRepeatable && kHeadDim == 64 ? 1 : 2;
-  // Whether the last round of tiles is shared out: what is summed up then depends on the number of multiprocessors, and
-  // the tiles of a causal last round are its cheapest.
-  static constexpr bool kShares = !kRepeatable && !kCausal && shares_rounds(kHeadDim);
-  // Whether a warpgroup none of whose keys count in a tile leaves their products out; with weights' gradients and wide
-  // heads the compiler makes the other walk 7 % slower for it.
-  static constexpr bool kHelps = !kWeightGradient || kHeadDim == 64;
-  static constexpr int kStages = 2;
-  static constexpr int kThreads = 3 * kWarpgroup;
-
-  struct Shared {
-    alignas(1024) T k[kKeys * padded_columns(kHeadDim)];
-    alignas(1024) T v[kKeys * padded_columns(kHeadDim)];
-    alignas(1024) T q[kStages][kQueries * padded_columns(kHeadDim)];
-    alignas(1024) T dout[kStages][kQueries * padded_columns(kHeadDim)];
-    // Key by key, in panels of 64 queries.
-    alignas(1024) T ds[2][kKeys * kQueries];
-    alignas(16) float lse[kStages][kQueries];
-    alignas(16) float delta[kStages][kQueries];
-    Handover<QueryRun> runs;
-    Tile tile;
-    Share share;
-    Turns turns;
-    bool absent[kKeys];
-    Barrier kv_landed;
-    Barrier q_landed[kStages], q_free[kStages], dout_landed[kStages], dout_free[kStages];
-    Barrier ds_written[2], ds_free[2];  // by all consumer warps
-  };
-};
 
 // The walk: the chunks that see a key of the tile, in each the query heads that share the key head, in each the tiles
 // of queries (under a causal mask from the diagonal on), of these the block's share.
@@ -137,9 +67,6 @@ __device__ __forceinline__ void backward_produce(typename Shape::Shared& shared,
   shared.runs.put(next, {0, 0, -1, 0, 0, false});
 }
 
-constexpr int kConsumersBarrier = 1;
-constexpr int kConsumerThreads = 2 * kWarpgroup;
-
 // Whether this thread and its neighbour find a key absent for all that could see it: each looks at half of the chunks.
 __device__ __forceinline__ bool absent_everywhere(const BackwardParameters& p, const Tile& tile, int key) {
   const int group = p.heads / p.heads_kv;
@@ -154,100 +81,6 @@ __device__ __forceinline__ bool absent_everywhere(const BackwardParameters& p, c
     }
   }
   return __shfl_xor_sync(0xffffffffu, absent, 1) && absent;
-}
-
-// d (64 queries x 64 columns) = dS (from `ds`: its keys are rows) * K.
-template <typename T, int kKeys>
-__device__ __forceinline__ void multiply_ds_k(float (&d)[32], uint32_t ds, uint32_t k) {
-  const uint32_t columns_ds = descriptor_columns(ds, kKeys * kPanelBytes);
-  const uint32_t columns_k = descriptor_columns(k, kKeys * kPanelBytes);
-#pragma unroll
-  for (int i = 0; i < kKeys / 16; ++i) {
-    Wgmma<T, 64>::template shared<1, 1>(d, descriptor(columns_ds, i * 16 * kPanelBytes),
-                                        descriptor(columns_k, i * 16 * kPanelBytes), i > 0);
-  }
-}
-
-// dQ = dS K needs both warpgroups' dS: each computes 64 queries, or 64 columns, over all 128 keys. It is done one step late, so
-// that neither warpgroup waits for the other and the products of one run under the exponentials of the other.
-template <class Shape>
-__device__ __forceinline__ void add_dq(typename Shape::Shared& shared, float* sums, int turn, uint32_t base, int consumer) {
-  constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
-  float dq[32];
-  const uint32_t ds = base + offsetof(typename Shape::Shared, ds) + (turn & 1) * sizeof(shared.ds[0]);
-  const uint32_t all_k = base + offsetof(typename Shape::Shared, k);
-  const int part = consumer * kKeys * kPanelBytes;
-  barrier_wait(&shared.ds_written[turn & 1], turn >> 1 & 1);
-  pin(dq);
-  wgmma_fence();
-  multiply_ds_k<typename Shape::T, kKeys>(dq, kQueries == 128 ? ds + part : ds, kQueries == 128 ? all_k : all_k + part);
-  wgmma_commit();
-  wgmma_wait<0>();
-  pin(dq);
-  warp_arrive(&shared.ds_free[turn & 1]);
-  if constexpr (Shape::kRepeatable) barrier_wait(&shared.turns.come[turn & 1], turn >> 1 & 1);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    add_to_global(sums + i * 4 * kWarpgroup, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-  }
-  if constexpr (Shape::kRepeatable) warp_arrive(&shared.turns.added[turn & 1]);
-}
-
-// Where this lane adds its part of a step's dq.
-template <class Shape>
-__device__ __forceinline__ float* place_of_sums(const BackwardParameters& p, const QueryRun& run, int row, int consumer) {
-  return p.rows.dq + (int64_t(run.workspace) * Shape::kQueries + row) * padded_columns(Shape::kHeadDim) +
-         (consumer * 8 * kWarpgroup + threadIdx.x % kWarpgroup) * 4;
-}
-
-// Where a chunk's queries do not fill one step, the rows of the next chunk behind them, and of its gradients, become zeros:
-// their weights are 0, and 0 * NaN is NaN. Called by both warpgroups as a run begins.
-template <class Shape>
-__device__ __forceinline__ void zero_foreign_queries(typename Shape::Shared& shared, const QueryRun& run,
-                                                     const Cursor<Shape::kStages>& at) {
-  if (run.queries >= Shape::kQueries) return;
-  barrier_wait(&shared.q_landed[at.stage], at.phase);
-  barrier_wait(&shared.dout_landed[at.stage], at.phase);
-  for (const auto* tile : {shared.q[at.stage], shared.dout[at.stage]}) {
-    zero_rows<Shape::kQueries, Shape::kHeadDim>(shared_address(tile), run.queries, Shape::kQueries,
-                                                threadIdx.x - kWarpgroup, kConsumerThreads);
-  }
-  fence_proxy_async();
-  named_sync(kConsumersBarrier, kConsumerThreads);
-}
-
-// The walk of a warpgroup none of whose keys count: its half of dS is 0, and it computes its part of dq from the other's.
-template <class Shape>
-__device__ __forceinline__ void backward_help(typename Shape::Shared& shared, const BackwardParameters& p, int consumer) {
-  constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
-  for (int i = 0; i < 2 * kQueries / kPanel; ++i) {
-    zero_rows<kKeys, kPanel>(shared_address(shared.ds) + i * kKeys * kPanelBytes, consumer * 64, consumer * 64 + 64,
-                             threadIdx.x % kWarpgroup, kWarpgroup);
-  }
-  fence_proxy_async();
-  Cursor<Handover<QueryRun>::kStages> next;
-  Cursor<Shape::kStages> at;
-  float* sums = nullptr;
-  int turn = 0;
-  for (;;) {
-    const QueryRun run = shared.runs.template get<true>(next);
-    if (run.workspace < 0) break;
-    zero_foreign_queries<Shape>(shared, run, at);
-#pragma unroll 1
-    for (int row = run.row; row < run.queries; row += kQueries) {
-      barrier_wait(&shared.q_landed[at.stage], at.phase);
-      warp_arrive(&shared.q_free[at.stage]);
-      barrier_wait(&shared.dout_landed[at.stage], at.phase);
-      warp_arrive(&shared.dout_free[at.stage]);
-      barrier_wait(&shared.ds_free[turn & 1], (turn >> 1 & 1) ^ 1);
-      warp_arrive(&shared.ds_written[turn & 1]);
-      if (turn > 0) add_dq<Shape>(shared, sums, turn - 1, shared_address(&shared), consumer);
-      sums = place_of_sums<Shape>(p, run, row, consumer);
-      ++turn;
-      at.advance();
-    }
-  }
-  if (turn > 0) add_dq<Shape>(shared, sums, turn - 1, shared_address(&shared), consumer);
 }
 
 template <class Shape>
@@ -278,7 +111,9 @@ __device__ __forceinline__ void backward_consume(typename Shape::Shared& shared,
   if constexpr (Shape::kHelps) {
     const int own_key = first_key() + consumer * 64;
     const bool whole = !Shape::kShares || shared.share.slot < 0;  // parts write their sums
-    if (same_in_warp(whole && (own_key + 64 <= tile.row || own_key >= tile.length))) return backward_help<Shape>(shared, p, consumer);
+    if (same_in_warp(whole && (own_key + 64 <= tile.row || own_key >= tile.length))) {
+      return backward_help<Shape>(shared, p, consumer);
+    }
   }
 
   uint32_t held_v[Shape::kHeldV][4];

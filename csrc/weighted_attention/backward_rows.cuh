@@ -1,8 +1,8 @@
 // What backward needs per query row, before and after the main kernel.
 //
 // Workspaces are laid out by tiles of kRowTile query rows, head by head, each chunk beginning a tile:
-// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r, except that the rows of a chunk's last step
-// are its last ones (first_row); those which the step before holds count for nothing in the last one.
+// row r of chunk b and head h is at (h * max_tiles + first[b]) * kRowTile + r, except that the rows of a chunk's last
+// step are its last ones (first_row); those which the step before holds count for nothing in the last one.
 #pragma once
 
 #include "plan.cuh"
@@ -18,7 +18,7 @@ __host__ __device__ constexpr int queries_of_step(int head_dim) { return head_di
 struct RowWorkspace {
   Plan plan;   // tiles of kRowTile queries
   int max_tiles;
-  float* lse;    // base 2; +inf for rows without keys, rows that count for nothing and padding: 2^(score - lse) becomes 0
+  float* lse;    // base 2; +inf for rows without keys, rows that count for nothing and padding: 2^(score - lse) is 0
   float* delta;  // sum(out * dout) - dlse: what is subtracted from dP
   float* dq;     // fp32 sums in fragment order
   int* turns;    // how many tiles of keys have added to dq, for each tile of queries (backward_turns.cuh)
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(2 * kWarpgroup) finish_dq_kernel(const FinishP
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     T* begin = static_cast<T*>(p.dq) + ((token + row + 8 * i) * p.heads + head) * kHeadDim;
-    address[i] = row + 8 * i >= step_row && row + 8 * i < entry.length ? begin + (kQueries == 128 ? 0 : consumer * 64) : nullptr;
+    const bool own = row + 8 * i >= step_row && row + 8 * i < entry.length;
+    address[i] = own ? begin + (kQueries == 128 ? 0 : consumer * 64) : nullptr;
   }
   store_fragment<T, 64>(dq, p.scale, p.scale, address[0], address[1],
                         kQueries == 128 ? kHeadDim : kHeadDim - consumer * 64);

@@ -40,11 +40,12 @@ struct ForwardShape {
   static constexpr int kKeys = kKeys_;
   static constexpr int kQueries = 64 * kConsumers;
   static constexpr int kStages = kStages_;
-  static constexpr int kValueStages = kValueStages_;  // fewer will do: values are asked for half a step after their keys
+  static constexpr int kValueStages = kValueStages_;
   static constexpr int kQueryStages = 2;
   static constexpr bool kCausal = kCausal_;
   // Tiles of keys are walked from the last one on, which may hold few keys: nothing hides the first tile's products and
-  // exponentials. Not causally, where the last tile is the diagonal one, nor in fp16, where a base from few keys seldom lasts.
+  // exponentials. Not causally, where the last tile is the diagonal one, nor in fp16, where a base from few keys seldom
+  // lasts.
   static constexpr bool kReverse = !kCausal && !std::is_same<T, __half>::value;
   static_assert(kKeys % 64 == 0);  // so the diagonal of 64 queries crosses one tile of keys
   // A sum of weights 2^x up to here is safe in T and, after summing and multiplying, in fp32.
@@ -216,7 +217,8 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
   Cursor<Shape::kValueStages> at_v;
   Cursor<Handover<ForwardWork>::kStages> next;
   Cursor<Shape::kQueryStages> at_q;
-  // Results leave from where their queries were, which are given back when the copy engine has read them: in the next tile.
+  // Results leave from where their queries were, a place that is given back when the copy engine has read them: in the
+  // next tile.
   Barrier* lent = nullptr;
   const auto give_back = [&] {
     if (lent != nullptr && threadIdx.x % 32 == 0) bulk_wait_read(), barrier_arrive(lent);
@@ -340,7 +342,7 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
     const int place_row = consumer * 64 + fragment_row();
     const int warp_row = consumer * 64 + threadIdx.x % kWarpgroup / 32 * 16;
-    const bool whole = key_tiles > 0 && warp_row + 16 <= work.queries;  // so that the copy engine can store the warp's rows
+    const bool whole = key_tiles > 0 && warp_row + 16 <= work.queries;  // the copy engine can store the warp's rows
     const int head = work.head, token = work.query + warp_row;
     T* address[2];
     float inverse[2];
@@ -364,7 +366,8 @@ __device__ __forceinline__ void forward_consume(typename Shape::Shared& shared, 
       if (threadIdx.x % 32 == 0) {
 #pragma unroll
         for (int panel = 0; panel < padded_columns(kHeadDim) / kPanel; ++panel) {
-          tma_store(map_out, shared.q[at_q.stage] + (panel * kQueries + warp_row) * kPanel, panel * kPanel, head, token);
+          const T* rows = shared.q[at_q.stage] + (panel * kQueries + warp_row) * kPanel;
+          tma_store(map_out, rows, panel * kPanel, head, token);
         }
         bulk_commit();
       }

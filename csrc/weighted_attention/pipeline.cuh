@@ -93,8 +93,8 @@ __host__ __device__ constexpr int tile_bytes() {
   return kRows * padded_columns(kHeadDim) * int(sizeof(T));
 }
 
-// Writes zeros over the rows of keys that count for nothing: 0 * NaN is NaN. Called by a whole warp, of which a row takes so
-// many lanes as it has pieces of 16 bytes.
+// Writes zeros over the rows of keys that count for nothing: 0 * NaN is NaN. Called by a whole warp, of which a row
+// takes so many lanes as it has pieces of 16 bytes.
 template <typename T, int kKeys, int kHeadDim>
 __device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
   constexpr int kPieces = padded_columns(kHeadDim) / 8, kRowsAtOnce = 32 / kPieces;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void zero_absent(const float* bias, const T* tile) {
 }
 
 // The weight warp's walk over the first `tiles` tiles of a sample's keys, of which `keys` are seen: it hands out their
-// biases and zeroes the rows of absent keys. The weights of a tile are fetched while those before wait. kReverse: from the last
-// tile on.
+// biases and zeroes the rows of absent keys. The weights of a tile are fetched while those before wait. kReverse: from
+// the last tile on.
 template <typename T, int kKeys, int kHeadDim, bool kReverse, int kStages, int kValueStages>
 __device__ __forceinline__ void prepare_sample(const float* log_weight, int64_t stride, int tiles, int keys,
                                                float inverse_scale, float (&bias)[kStages][kKeys],

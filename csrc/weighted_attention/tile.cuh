@@ -12,8 +12,9 @@ constexpr int kWarpgroup = 128;
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 __device__ __forceinline__ float plus_infinity() { return __int_as_float(0x7f800000); }
 
-// The first row of a tile of so many rows that is planned to begin at `row`, of `length` in all. The last tile ends where the
-// rows end, so that it holds nobody else's (if they fill one tile); rows that it shares with the tile before count there.
+// The first row of a tile of so many rows that is planned to begin at `row`, of `length` in all. The last tile ends
+// where the rows end, so that it holds nobody else's (if they fill one tile); rows that it shares with the tile before
+// count there.
 __device__ __forceinline__ int first_row(int row, int rows, int length) { return max(0, min(row, length - rows)); }
 
 // Columns of the fragment that lane holds first in every group of 8; its rows are fragment_row and 8 below.
@@ -80,7 +81,8 @@ __device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t tile, i
 // Writes a fragment (64 x N) times a factor per row over a warpgroup's 64 rows of a tile of kRows (from `tile` on): the
 // inverse of load_fragment. Each warp writes its 16.
 template <typename T, int N, int kRows>
-__device__ __forceinline__ void store_fragment_shared(uint32_t tile, const float (&d)[N / 2], float upper, float lower) {
+__device__ __forceinline__ void store_fragment_shared(uint32_t tile, const float (&d)[N / 2], float upper,
+                                                      float lower) {
   const int row = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 16, half = threadIdx.x / 16 % 2;
 #pragma unroll
   for (int k = 0; k < N / 16; ++k) {
@@ -166,7 +168,8 @@ __device__ __forceinline__ void zero_16(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
-// Writes zeros over rows [begin, end) of a tile of kRows x kColumns: over whole panels, in each of which they are one run of bytes.
+// Writes zeros over rows [begin, end) of a tile of kRows x kColumns: over whole panels, in each of which they are one
+// run of bytes.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void zero_rows(uint32_t tile, int begin, int end, int thread, int threads) {
   const uint32_t last = tile + end * kPanelBytes;
