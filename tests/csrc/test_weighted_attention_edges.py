@@ -14,19 +14,20 @@ OTHERS = [200, 1, 0, 65, 128, 129, 10, 300, 63, 64, 500, 127, 30, 256, 1, 7, 100
 @pytest.mark.parametrize("heads, heads_kv", [(13, 13), (20, 10)])
 @pytest.mark.parametrize("weights", [None, "shared", "per_head"])
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("dim", [64, 96, 128])
-def test_edges(dim, deterministic, weights, heads, heads_kv, masks):
+def test_edges(dim, dtype, deterministic, weights, heads, heads_kv, masks):
     assert heads_kv * sum((n + 127) // 128 for n in LENGTHS) > 2 * 132
     shape = (heads,) if weights == "per_head" else ()
-    q, k, v, w, dout, dlse = make_inputs(LENGTHS, LENGTHS, heads, heads_kv, dim, BF16, shape, absent=0.1, seed=dim)
+    q, k, v, w, dout, dlse = make_inputs(LENGTHS, LENGTHS, heads, heads_kv, dim, dtype, shape, absent=0.1, seed=dim)
     arguments = (q, k, v, None if weights is None else w, LENGTHS, LENGTHS, dim**-0.5, dout, dlse)
     expected = reference_gradients(*arguments, **masks)
     results = run(*arguments, deterministic, **masks)
-    check(results, expected, BF16)
+    check(results, expected, dtype)
     if weights is not None:  # the kernel without the weights' gradients is another
         cu = offsets(LENGTHS), offsets(LENGTHS)
         bare = kernel.backward(dout, dlse, q, k, v, w, *results[:2], *cu, dim**-0.5, False, deterministic, **masks)
-        check((*results[:2], *bare[:3]), expected[:5], BF16)
+        check((*results[:2], *bare[:3]), expected[:5], dtype)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -54,7 +55,7 @@ def test_chunks(dim):
 @pytest.mark.parametrize("dim", [64, 96, 128])
 def test_nan_stays_at_home(dim, weights_gradient):
     """A sample of NaN, and NaN in absent keys: nothing of them comes to others."""
-    lengths, heads = [*LENGTHS, 400, 330], 12
+    lengths, heads = [*LENGTHS, 40, 400, 330], 12
     q, k, v, w, dout, dlse = make_inputs(lengths, lengths, heads, heads, dim, BF16, (), absent=0.1)
     cu, scale = (offsets(lengths), offsets(lengths)), dim**-0.5
 
@@ -63,7 +64,7 @@ def test_nan_stays_at_home(dim, weights_gradient):
         return kernel.backward(dout, dlse, q, k, v, w, out, lse, *cu, scale, weights_gradient, deterministic)
 
     clean = backward(True)
-    first = sum(LENGTHS)
+    first = sum(LENGTHS) + 40  # behind a sample that does not fill one step
     for x in (q, k, v, dout):
         x[first : first + 400] = torch.nan
     k[w == -torch.inf], v[w == -torch.inf] = torch.nan, torch.nan
