@@ -30,7 +30,7 @@ class TokenPlan:
         self.tokens, self.lengths, self.group, self.row_multiple = tokens, lengths, group, row_multiple
         self.space: UniqueSpace | None = None
         self.first_slots: Tensor | None = None
-        self._verified: set[int] | None = set() if verify else None
+        self._verified: set[tuple[int, bool]] | None = set() if verify else None  # modules, and whether alone
         self._alone = False  # in a call of the followed model that others need not make
 
     def follow(self, model: nn.Module) -> None:
@@ -54,10 +54,7 @@ class TokenPlan:
             except ValueError as failure:
                 error = failure
             self._alone = not torch.is_grad_enabled()
-            if not self._alone:
-                exchange_header(self.group, [], error)
-            elif error is not None:
-                raise error
+            self._raise(error)
 
         model.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -98,9 +95,9 @@ class TokenPlan:
     def check_once(self, module: nn.Module, name: str, *grids: Tensor) -> None:
         """On a module's first call: every occurrence in grids (B, L, ...) equals its token's first one. Collective that time.
 
-        Not collective, and not the first call, where a rank evaluates alone.
+        Not collective where a rank evaluates alone, and no first call for those who train together.
         """
-        if self._verified is None or id(module) in self._verified:
+        if self._verified is None or self._verified & {(id(module), False), (id(module), self._alone)}:
             return
         assert self.space is not None
         error = None
@@ -112,8 +109,13 @@ class TokenPlan:
                     f"equal tokens have different hidden states in {name}: positions, dropout or causal layers below make it "
                     "inexact; take it out of tokenized_attention.modules"
                 )
+        if error is None or not self._alone:  # alone, what is wrong raises every time
+            self._verified.add((id(module), self._alone))
+        self._raise(error)
+
+    def _raise(self, error: ValueError | None) -> None:
+        """Raise what is wrong on any rank, on all of them; alone, what is wrong here."""
         if not self._alone:
-            self._verified.add(id(module))
             exchange_header(self.group, [], error)
         elif error is not None:
             raise error

@@ -110,6 +110,30 @@ def evaluates_alone_first(positions: bool) -> list[str]:
     return raised
 
 
+def checks_once_where_nobody_trains() -> int:
+    model = Encoder()
+    engine = build_engine(
+        model, Setup(block={"modules": ["layers.*.self_attn"], "tokens": "ids", "lengths": "lengths"})
+    )
+    ids, lengths = torch.zeros(3, LENGTH, dtype=torch.int64), torch.full((3,), LENGTH)
+    compare, asked = torch.allclose, []
+    torch.allclose = lambda *args, **options: asked.append(0) or compare(*args, **options)
+    try:
+        with torch.no_grad():
+            model(ids, lengths)
+            first = len(asked)
+            model(ids, lengths)
+    finally:
+        torch.allclose = compare
+    engine.destroy()
+    assert len(asked) == first
+    return first
+
+
+def test_evaluation_checks_a_module_once(engines_on: Any) -> None:
+    assert min(engines_on(2).run(checks_once_where_nobody_trains)) > 0
+
+
 def test_a_rank_that_evaluates_alone_checks_alone(engines_on: Any) -> None:
     assert engines_on(2).run(evaluates_alone_first, False) == [[], []]
     what = "equal tokens have different hidden states"
