@@ -32,8 +32,7 @@ def tokenized_attention_forward(
 
     plan: TokenPlan | None = getattr(module, "_token_plan", None)
     grids = [x.transpose(1, 2) for x in (query, key, value)]
-    masked = attention_mask is not None and plan is not None and plan.lengths is None
-    if plan is None or dropout or masked or not all(plan.fits(grid) for grid in grids):
+    if plan is None or dropout or not plan.knows(attention_mask) or not all(plan.fits(grid) for grid in grids):
         fallback = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     plan.check_once(module, type(module).__name__, *grids)

@@ -41,7 +41,7 @@ class TokenizedMultiheadAttention(nn.MultiheadAttention):
         """
         x = query if self.batch_first or query.dim() != 3 else query.transpose(0, 1)
         ours = query is key and key is value and x.dim() == 3 and self._plan.fits(x)
-        ours = ours and (key_padding_mask is None or self._plan.lengths is not None)
+        ours = ours and self._plan.knows(key_padding_mask)
         if not ours or need_weights or attn_mask is not None or is_causal or (self.training and self.dropout):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal

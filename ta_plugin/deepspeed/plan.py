@@ -92,6 +92,10 @@ class TokenPlan:
         space = self.space
         return space is not None and tuple(grid.shape[:2]) == (space.num_samples, space.padded_length)
 
+    def knows(self, mask: Tensor | None) -> bool:
+        """Whether a mask that a module is given says what `lengths` says; without them it hides slots that the plan takes for valid."""
+        return mask is None or self.lengths is not None
+
     def check_once(self, module: nn.Module, name: str, *grids: Tensor) -> None:
         """On a module's first call: every occurrence in grids (B, L, ...) equals its token's first one. Collective that time.
 
